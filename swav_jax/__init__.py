@@ -1,0 +1,1 @@
+"""SwAV pretraining in JAX."""

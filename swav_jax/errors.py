@@ -1,0 +1,5 @@
+"""What a user can mend: one line that names the setting, its value, what is allowed, what to do."""
+
+
+class UserError(Exception):
+    """A mistake of the user's. `main` prints the message, without a stack trace, and exits with 2."""

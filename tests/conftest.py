@@ -1,0 +1,24 @@
+"""Tests run on 8 virtual CPU devices, with jaxtyping's shapes checked as functions are called."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook(['swav_jax.swav', 'swav_jax.optim', 'swav_jax.augment'], 'beartype.beartype')
+
+
+def pytest_collection_modifyitems(items):
+    """Skip `gpu` tests where there is none."""
+    if jax.default_backend() == 'gpu':
+        return
+    for item in items:
+        if 'gpu' in item.keywords:
+            item.add_marker(pytest.mark.skip(reason='needs a GPU'))
