@@ -64,6 +64,7 @@ def default() -> ConfigDict:
     config.model.head.normalize_feats = True
     config.model.head.activation_name = 'relu'
     config.model.head.num_clusters = (3000,)
+    config.model.head.use_weight_norm_prototypes = False
     config.model.sync_bn = ConfigDict()
     config.model.sync_bn.enabled = True
     config.model.sync_bn.group_size = 0  # 0: all replicas; n: groups of n; -1: one process's
