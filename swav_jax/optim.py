@@ -283,8 +283,8 @@ def scale_learning_rate(lr: Mapping[str, Any], batch_size: int) -> dict[str, Any
     """The schedule for a global batch of `batch_size` images (VISSL's auto_lr_scaling).
 
     The scaled rate is base_value · batch_size / base_lr_batch_size (its square root with
-    scaling_type `sqrt`). It becomes the highest rate of the schedule, and all others keep their ratio to
-    it, but for the start of a warm-up that opens the run: that stays as it is, unless it would be
+    scaling_type `sqrt`). It becomes the highest rate of the schedule; all others keep their ratio
+    to it, but for the start of a warm-up that opens the run: that stays, unless it would be
     above the scaled rate (there VISSL drops the warm-up).
     """
     scaling = lr.get('auto_lr_scaling')

@@ -41,7 +41,7 @@ def sinkhorn_codes(
     sample, so later sums cannot underflow.
 
     Args:
-      scores: for each head, (A, N, K_h) scores in [-1, 1] of this replica's N samples (queue included).
+      scores: for each head, (A, N, K_h), in [-1, 1]: this replica's N samples, queue included.
       epsilon: entropy regularisation, > 0. Smaller is sharper.
       num_iters: number of rounds, >= 1.
       weights: (N,) 1, or 0 for a sample that must not count. Its own code is still defined.
@@ -187,7 +187,9 @@ def swav_loss(
 
     samples, sample_weights = [s[assign] for s in scores], weights
     if queue is not None:
-        old = [q.reshape(len(assign), -1, q.shape[-1]).astype(scores[0].dtype) for q in queue_scores]
+        old = [
+            q.reshape(len(assign), -1, q.shape[-1]).astype(scores[0].dtype) for q in queue_scores
+        ]
         samples = [jnp.concatenate(pair, axis=1) for pair in zip(samples, old, strict=True)]
         sample_weights = jnp.append(weights, jnp.where(queue.is_full(), queue.weights, 0.0))
     codes = sinkhorn_codes(

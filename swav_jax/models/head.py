@@ -47,6 +47,27 @@ class Prototypes(nn.Module):
         return jnp.matmul(z, kernel, precision=lax.Precision.HIGHEST)
 
 
+def prototype_scores(head_params: dict, z: jax.Array) -> tuple[jax.Array, ...]:
+    """Scores of embeddings with the prototypes alone, which is how a queue is scored.
+
+    Args:
+      head_params: the head's parameters.
+      z: embeddings (..., D).
+
+    Returns:
+      per prototype head, scores (..., K).
+    """
+    names = sorted(
+        (n for n in head_params if n.startswith('prototypes')), key=lambda n: int(n[10:])
+    )
+    return tuple(
+        Prototypes(head_params[n]['kernel'].shape[1], 'gain' in head_params[n]).apply(
+            {'params': head_params[n]}, z
+        )
+        for n in names
+    )
+
+
 class SwAVHead(nn.Module):
     """Linear → BatchNorm → activation, …, linear → L2 normalisation → prototypes.
 

@@ -1,0 +1,62 @@
+"""Devices as a mesh ('group', 'member'), and arrays laid over it.
+
+A row of the mesh is a SyncBatchNorm group: BatchNorm reduces over 'member', all else over both.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from swav_jax.errors import UserError
+
+AXES = ('group', 'member')
+BATCH = PartitionSpec(AXES)  # axis 0 spread over all replicas
+REPLICATED = PartitionSpec()
+
+
+def make_mesh(sync_bn: Mapping, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices, in rows that share BatchNorm's statistics.
+
+    Args:
+      sync_bn: `config.model.sync_bn`. group_size 0: one row; n: rows of n devices; -1: a row per
+        process. `enabled=False`: rows of one device.
+      devices: default, all of all processes. They are put in the order of the processes, so that a
+        process holds consecutive rows of a batch.
+
+    Raises:
+      UserError: the group size does not divide the number of devices.
+    """
+    devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    size = sync_bn['group_size'] if sync_bn['enabled'] else 1
+    if size == 0:
+        size = len(devices)
+    elif size == -1:
+        size = sum(d.process_index == devices[0].process_index for d in devices)
+    if size < 1 or len(devices) % size:
+        raise UserError(
+            f'model.sync_bn.group_size={sync_bn["group_size"]} does not divide the '
+            f'{len(devices)} devices: use a divisor, 0 for all of them, -1 for those of a process'
+        )
+    # A mesh from an array has axes of type Auto, which flax.linen's backward pass needs.
+    return Mesh(np.array(devices).reshape(-1, size), AXES)
+
+
+def put(mesh: Mesh, tree, spec: PartitionSpec = REPLICATED):
+    """Host arrays, the same on all processes, as global arrays laid out by `spec`."""
+    sharding = NamedSharding(mesh, spec)
+
+    def put_leaf(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put_leaf, tree)
+
+
+def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of a batch as global arrays, split along axis 0 over all devices."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }

@@ -1,0 +1,46 @@
+"""Compute dtypes, and the dynamic loss scale that float16 needs.
+
+Parameters, BatchNorm statistics, prototypes, Sinkhorn, softmax, loss and the all-reduced gradients
+are float32 whatever `config.precision` says.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+COMPUTE_DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
+
+MIN_SCALE, MAX_SCALE = 1.0, 2.0**24
+GROWTH_INTERVAL = 2000  # steps without overflow until the scale doubles
+
+
+class LossScale(NamedTuple):
+    """The factor that lifts float16 gradients above its smallest numbers (NVIDIA apex, Amp)."""
+
+    scale: jax.Array  # () float32
+    good_steps: jax.Array  # () int32, since the scale last changed
+    overflows: jax.Array  # () int32, steps skipped in all
+
+    @classmethod
+    def initial(cls, precision: str) -> 'LossScale | None':
+        """2^16 for float16; None for the precisions whose gradients do not underflow."""
+        if precision != 'float16':
+            return None
+        return cls(jnp.float32(2.0**16), jnp.int32(0), jnp.int32(0))
+
+    def adjust(self, finite: jax.Array) -> 'LossScale':
+        """Halved after an overflow, doubled after 2,000 good steps, within [1, 2^24]."""
+        good_steps = jnp.where(finite, self.good_steps + 1, 0)
+        grow = good_steps == GROWTH_INTERVAL
+        factor = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5)
+        return LossScale(
+            jnp.clip(self.scale * factor, MIN_SCALE, MAX_SCALE),
+            jnp.where(grow, 0, good_steps),
+            self.overflows + jnp.where(finite, 0, 1),
+        )
+
+
+def all_finite(tree) -> jax.Array:
+    """Whether no entry of any leaf is NaN or infinite; () bool."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

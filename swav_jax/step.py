@@ -1,0 +1,218 @@
+"""One training step of SwAV, as a replica sees it, and the state that it moves."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from swav_jax import augment, swav
+from swav_jax.mesh import AXES, BATCH, REPLICATED
+from swav_jax.models import SwAVNet, head
+from swav_jax.precision import LossScale, all_finite
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step reads and writes; float32 whatever the compute dtype."""
+
+    step: jax.Array  # () int32, steps done
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    queue: swav.Queue | None
+    loss_scale: LossScale | None
+
+
+def state_specs(state: TrainState) -> TrainState:
+    """How a state lies on the mesh: the queue is spread like the batch, the rest is replicated."""
+    specs = jax.tree.map(lambda _: REPLICATED, state)
+    if state.queue is not None:
+        queue = swav.Queue(P(None, None, AXES), P(None, AXES), REPLICATED)
+        specs = specs.replace(queue=queue)
+    return specs
+
+
+def loss_settings(config: Any) -> dict[str, Any]:
+    """`config.loss` and the crops as the arguments of `swav.swav_loss`."""
+    return dict(
+        num_crops=sum(config.data.num_crops),
+        crops_for_assign=tuple(config.loss.crops_for_assign),
+        temperature=config.loss.temperature,
+        epsilon=config.loss.epsilon,
+        num_iters=config.loss.num_iters,
+        powerlaw=config.loss.shk_powerlaw,
+        use_double_precision=config.loss.use_double_precision,
+    )
+
+
+def make_train_step(
+    net: SwAVNet, tx: optax.GradientTransformation, config: Any, mesh: Mesh, state: TrainState
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled step over the mesh: images and crop boxes in, the next state and metrics out.
+
+    Args:
+      net, tx: the network and the optimizer.
+      config: the run's settings.
+      mesh: with the axes ('group', 'member').
+      state: the state, or its shapes.
+
+    Returns:
+      A function of (state, batch), which donates the state. The batch is that of `data.pipeline`,
+      split along axis 0. Metrics are scalars, the same on all replicas.
+    """
+
+    def step(state, batch):
+        crops = augment.multi_crop(
+            batch, seed=config.seed, data=config.data, augment=config.augment
+        )
+        return update(net, tx, config, state, crops, batch['weight'])
+
+    specs = state_specs(state)
+    return jax.jit(
+        jax.shard_map(step, mesh=mesh, in_specs=(specs, BATCH), out_specs=(specs, P())),
+        donate_argnums=0,
+    )
+
+
+def update(
+    net: SwAVNet,
+    tx: optax.GradientTransformation,
+    config: Any,
+    state: TrainState,
+    crops: list[jax.Array],
+    weights: jax.Array,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One replica's update from given crops; runs inside `shard_map` over the mesh's axes.
+
+    Args:
+      net, tx, config: as in `make_train_step`.
+      state: the state, the queue being this replica's share.
+      crops: for each group of crops, (n_g·B, S_g, S_g, channels), crop-major.
+      weights: (B,) 1, or 0 for an image that must not count.
+
+    Returns:
+      The next state, and metrics of the global batch: see `health` for those beside the loss.
+    """
+    settings = loss_settings(config)
+    assign = jnp.asarray(settings['crops_for_assign'])
+    queue, num_images = state.queue, weights.shape[0]
+    hard = state.step < config.loss.temp_hard_assignment_iters
+
+    # The parameters are made each replica's own, so that its gradient is that of its own loss, and
+    # one all-reduce in float32 averages them. Without the cast, shard_map would sum them itself.
+    params = lax.pcast(state.params, AXES, to='varying')
+    scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
+
+    def loss_of(params):
+        variables = {'params': params, 'batch_stats': state.batch_stats}
+        (embeddings, scores), new = net.apply(
+            variables, _runs_of_equal_size(crops), train=True, mutable=['batch_stats']
+        )
+        old_scores = queue and head.prototype_scores(
+            lax.stop_gradient(params['head']), queue.embeddings
+        )
+        loss, codes = swav.swav_loss(
+            scores, old_scores, queue, weights, hard_assignment=hard, axis_names=AXES, **settings
+        )
+        return loss * scale, (loss, new['batch_stats'], embeddings, scores, codes)
+
+    grads, (loss, batch_stats, embeddings, scores, codes) = jax.grad(loss_of, has_aux=True)(params)
+    grads = jax.tree.map(lambda g: g / scale, lax.pmean(grads, AXES))
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if config.loss.normalize_last_layer:
+        params = swav.normalize_prototypes(params)
+    embeddings = lax.stop_gradient(embeddings).reshape(-1, num_images, embeddings.shape[-1])[assign]
+    if queue is not None:
+        pushed = queue.push(embeddings.astype(queue.embeddings.dtype), weights)
+        queue = _choose(state.step >= config.loss.queue.start_iter, pushed, queue)
+
+    new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, queue=queue)
+    metrics = health(loss, embeddings, scores[0], codes[0], weights, settings)
+    metrics['grad_norm'] = optax.tree.norm(grads)
+    metrics['update_norm'] = optax.tree.norm(updates)
+    if state.loss_scale is not None:
+        finite = all_finite(grads)
+        new = _choose(finite, new, state)
+        new = new.replace(loss_scale=state.loss_scale.adjust(finite))
+        metrics['loss_scale'] = state.loss_scale.scale
+        metrics['overflows'] = new.loss_scale.overflows
+    return new.replace(step=state.step + 1), metrics
+
+
+def health(
+    loss: jax.Array,
+    embeddings: jax.Array,
+    scores: jax.Array,
+    codes: jax.Array,
+    weights: jax.Array,
+    settings: dict[str, Any],
+) -> dict[str, jax.Array]:
+    """The global batch's loss and signs of collapse, in one all-reduce.
+
+    Args:
+      loss: () this replica's loss.
+      embeddings: (A, B, D) of the assign crops.
+      scores, codes: (V·B, K) and (A, B, K) of the first prototype head.
+      weights: (B,) 1, or 0 for an image that must not count.
+      settings: see `loss_settings`.
+
+    Returns:
+      A dict of scalars:
+
+      - `loss`;
+      - `code_entropy`: of an image's code in nats, mean over images; ln K when all are uniform;
+      - `active_prototypes`: how many are the nearest one of some assign crop;
+      - `largest_prototype_share`: share of the assign crops that are nearest to the same one;
+      - `embedding_std`: mean over dimensions; 0 when all are equal, 1/√D when they spread;
+      - `bad_images`: of weight 0.
+    """
+    num_crops, num_images, num_prototypes = settings['num_crops'], len(weights), codes.shape[-1]
+    assign = jnp.asarray(settings['crops_for_assign'])
+    nearest = jnp.argmax(scores.reshape(num_crops, num_images, -1)[assign], -1)
+    votes = jnp.sum(jax.nn.one_hot(nearest, num_prototypes) * weights[:, None], (0, 1))
+    entropy = -jnp.sum(jax.scipy.special.xlogy(codes, codes), -1)
+    total = lax.psum(
+        jnp.concatenate(
+            [
+                jnp.stack([loss, 1.0, jnp.sum(weights), num_images, jnp.sum(weights * entropy)]),
+                jnp.sum(weights[:, None] * embeddings, (0, 1)),
+                jnp.sum(weights[:, None] * jnp.square(embeddings), (0, 1)),
+                votes,
+            ],
+            dtype=loss.dtype,
+        ),
+        AXES,
+    )
+    dim = embeddings.shape[-1]
+    scalars, sums, squares, votes = jnp.split(total, [5, 5 + dim, 5 + 2 * dim])
+    loss, replicas, counted, images, entropy = scalars
+    samples = jnp.maximum(counted * len(codes), 1.0)
+    variance = squares / samples - jnp.square(sums / samples)
+    return {
+        'loss': loss / replicas,
+        'code_entropy': entropy / samples,
+        'active_prototypes': jnp.sum(votes > 0),
+        'largest_prototype_share': jnp.max(votes) / samples,
+        'embedding_std': jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0))),
+        'bad_images': images - counted,
+    }
+
+
+def _runs_of_equal_size(crops: list[jax.Array]) -> list[jax.Array]:
+    """Neighbouring groups of the same size as one: they share a trunk pass, as in VISSL."""
+    runs = itertools.groupby(crops, key=lambda group: group.shape[1])
+    return [jnp.concatenate(list(run)) for _, run in runs]
+
+
+def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
+    """One of two trees of the same structure."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
