@@ -48,7 +48,7 @@ def default() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.trunk = ConfigDict()
-    config.model.trunk.name = 'resnet'
+    config.model.trunk.name = 'resnet'  # or 'regnet', or torchvision's name, as regnet_y_400mf
     config.model.trunk.depth = 50
     config.model.trunk.width_multiplier = 1.0  # doubles every stage, the output too, when 2
     config.model.trunk.groups = 1
@@ -56,6 +56,11 @@ def default() -> ConfigDict:
     config.model.trunk.layer4_stride = 2
     config.model.trunk.zero_init_residual = False
     config.model.trunk.stem = 'imagenet'  # 'small': 3×3, stride 1, no pooling
+    config.model.trunk.w_0 = 0  # 'regnet': width of the first block, slope of the widths, …
+    config.model.trunk.w_a = 0.0
+    config.model.trunk.w_m = 0.0  # … ratio of the stages' widths
+    config.model.trunk.group_width = 0
+    config.model.trunk.se_ratio = 0.25  # squeeze-and-excitation of a RegNetY; 0: RegNetX
     config.model.head = ConfigDict()
     config.model.head.dims = (0, 2048, 128)  # a first 0 is the trunk's output width
     config.model.head.use_bn = True
@@ -147,3 +152,186 @@ def warmup_cosine(
             lengths=(warmup, 1 - warmup),
         )
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The numbers of a run that follow from its settings, its devices and its data."""
+
+    num_images: int
+    num_replicas: int
+    batch_size: int  # of all replicas together
+    steps_per_epoch: int  # whole batches only
+    total_steps: int  # of the schedule: all epochs
+    last_step: int  # where the run ends: total_steps, or max_steps if that is less
+    queue_batches: int  # global batches that the queue holds
+
+    @property
+    def queue_length(self) -> int:
+        """Images that the queue holds over all replicas."""
+        return self.queue_batches * self.batch_size
+
+
+def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:
+    """The numbers of a run.
+
+    Raises:
+      UserError: the data does not fill a batch, or the queue does not hold one.
+    """
+    per_replica = config.data.batchsize_per_replica
+    batch_size = per_replica * num_replicas
+    if num_images < batch_size:
+        raise UserError(
+            f'config.data.batchsize_per_replica={per_replica} on {num_replicas} devices makes a batch of '
+            f'{batch_size} images, but {config.data.source!r} has only {num_images}'
+            f'{_limit_note(config)}: use at most {max(num_images // num_replicas, 1)}'
+        )
+    queue_length = config.loss.queue.queue_length
+    if 0 < queue_length < batch_size:
+        raise UserError(
+            f'config.loss.queue.queue_length={queue_length} is less than the global batch of '
+            f'{batch_size}: use a multiple of it, or 0 for no queue'
+        )
+    steps_per_epoch = num_images // batch_size
+    total_steps = steps_per_epoch * config.optimizer.num_epochs
+    return Sizes(
+        num_images=num_images,
+        num_replicas=num_replicas,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        last_step=min(config.train.max_steps or total_steps, total_steps),
+        queue_batches=queue_length // batch_size,
+    )
+
+
+def _limit_note(config: ConfigDict) -> str:
+    return f' (config.data.limit={config.data.limit})' if config.data.limit else ''
+
+
+def validate(config: ConfigDict) -> None:
+    """Check every setting that can be checked by itself.
+
+    Raises:
+      UserError: naming the first setting that cannot work, its value and what is allowed.
+    """
+    for path in (
+        'loss.temperature',
+        'loss.epsilon',
+        'optimizer.larc_config.trust_coefficient',
+        'augment.blur_radius_min',
+        'augment.blur_radius_max',
+    ):
+        _check(config, path, lambda x: 0 < x < math.inf, 'a number above 0')
+    for path in (
+        'optimizer.weight_decay',
+        'optimizer.larc_config.eps',
+        'loss.shk_powerlaw',
+        'augment.brightness',
+        'augment.contrast',
+        'augment.saturation',
+    ):
+        _check(config, path, lambda x: 0 <= x < math.inf, 'a number of 0 or more')
+    for path in (
+        'data.batchsize_per_replica',
+        'data.canvas_size',
+        'data.channels',
+        'loss.num_iters',
+        'optimizer.num_epochs',
+        'train.log_every_steps',
+        'checkpoint.keep',
+        'evaluate.k',
+        'evaluate.size',
+        'evaluate.batch_size',
+    ):
+        _check(config, path, lambda x: x >= 1, '1 or more')
+    for path in (
+        'seed',
+        'data.limit',
+        'loss.queue.queue_length',
+        'loss.queue.start_iter',
+        'loss.temp_hard_assignment_iters',
+        'train.max_steps',
+        'checkpoint.every_epochs',
+        'checkpoint.every_steps',
+        'checkpoint.keep_every_epochs',
+        'evaluate.every_epochs',
+    ):
+        _check(config, path, lambda x: x >= 0, '0 or more')
+    for path in (
+        'augment.flip_p',
+        'augment.color_jitter_p',
+        'augment.grayscale_p',
+        'augment.blur_p',
+        'data.max_bad_fraction',
+    ):
+        _check(config, path, lambda x: 0 <= x <= 1, 'from 0 to 1')
+    _check(config, 'augment.hue', lambda x: 0 <= x <= 0.5, 'from 0 to 0.5')
+    _check(config, 'optimizer.momentum', lambda x: 0 <= x < 1, 'from 0 to below 1')
+    _check(config, 'precision', _is_one_of('float32', 'bfloat16', 'float16'))
+    _check(config, 'optimizer.name', _is_one_of('sgd', 'lars'))
+    _check(
+        config, 'data.source', bool, 'a source of images, as --config.data.source=folder:/images'
+    )
+    _validate_crops(config)
+    _validate_normalisation(config)
+    _check(
+        config, 'model.head.num_clusters', lambda x: x and min(x) > 1, 'one number above 1 per head'
+    )
+
+
+def _validate_crops(config: ConfigDict) -> None:
+    groups = len(config.data.num_crops)
+    positive = f'{groups} numbers of 1 or more, one per group of crops'
+    _check(config, 'data.num_crops', lambda x: x and min(x) >= 1, 'at least one number above 0')
+    _check(config, 'data.size_crops', lambda x: len(x) == groups and min(x) >= 1, positive)
+    _check(
+        config,
+        'data.crop_scales',
+        lambda x: len(x) == groups and all(len(s) == 2 and 0 < s[0] <= s[1] <= 1 for s in x),
+        f'{groups} pairs (least, most) of shares of the area, above 0 and at most 1',
+    )
+    total = sum(config.data.num_crops)
+    if total < 2:
+        raise UserError(
+            f'config.data.num_crops={config.data.num_crops} makes one crop: SwAV predicts the codes of a '
+            'crop from another one, use at least 2'
+        )
+    _check(
+        config,
+        'loss.crops_for_assign',
+        lambda x: x and len(set(x)) == len(x) and min(x) >= 0 and max(x) < total,
+        f'different indices of the {total} crops, from 0 to {total - 1}, at least one',
+    )
+
+
+def _validate_normalisation(config: ConfigDict) -> None:
+    channels = config.data.channels
+    count = f'{channels} numbers, one per channel (config.data.channels={channels})'
+    _check(config, 'data.mean', lambda x: len(x) == channels, count)
+    _check(config, 'data.std', lambda x: len(x) == channels and min(x) > 0, f'{count}, above 0')
+
+
+def _is_one_of(*choices: str) -> Any:
+    def check(value):
+        return value in choices
+
+    check.allowed = 'one of ' + ', '.join(choices)
+    return check
+
+
+def _check(config: ConfigDict, path: str, holds: Any, allowed: str = '') -> None:
+    value = config
+    for name in path.split('.'):
+        value = value[name]
+    if not holds(value):
+        raise UserError(f'config.{path}={value!r}: must be {allowed or holds.allowed}')
+
+
+def to_dict(config: ConfigDict | Sequence | Any) -> Any:
+    """The settings as plain dicts, lists and scalars, for JSON."""
+    if isinstance(config, ConfigDict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(value) for value in config]
+    return config

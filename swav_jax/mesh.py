@@ -36,8 +36,8 @@ def make_mesh(sync_bn: Mapping, devices: Sequence[jax.Device] | None = None) -> 
         size = sum(d.process_index == devices[0].process_index for d in devices)
     if size < 1 or len(devices) % size:
         raise UserError(
-            f'model.sync_bn.group_size={sync_bn["group_size"]} does not divide the '
-            f'{len(devices)} devices: use a divisor, 0 for all of them, -1 for those of a process'
+            f'config.model.sync_bn.group_size={sync_bn["group_size"]} does not divide '
+            f'the {len(devices)} devices: use a divisor, 0 for all of them, -1 for those of a process'
         )
     # A mesh from an array has axes of type Auto, which flax.linen's backward pass needs.
     return Mesh(np.array(devices).reshape(-1, size), AXES)
