@@ -123,7 +123,7 @@ def default() -> ConfigDict:
     config.evaluate.size = 224
     config.evaluate.resize = 256
     config.evaluate.batch_size = 256
-    return config
+    return config.lock()  # so that a misspelt name is an error and not a new setting
 
 
 def warmup_cosine(
@@ -182,8 +182,8 @@ def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:
     batch_size = per_replica * num_replicas
     if num_images < batch_size:
         raise UserError(
-            f'config.data.batchsize_per_replica={per_replica} on {num_replicas} devices makes a batch of '
-            f'{batch_size} images, but {config.data.source!r} has only {num_images}'
+            f'config.data.batchsize_per_replica={per_replica} on {num_replicas} devices makes a '
+            f'batch of {batch_size} images, but {config.data.source!r} has only {num_images}'
             f'{_limit_note(config)}: use at most {max(num_images // num_replicas, 1)}'
         )
     queue_length = config.loss.queue.queue_length
@@ -294,8 +294,8 @@ def _validate_crops(config: ConfigDict) -> None:
     total = sum(config.data.num_crops)
     if total < 2:
         raise UserError(
-            f'config.data.num_crops={config.data.num_crops} makes one crop: SwAV predicts the codes of a '
-            'crop from another one, use at least 2'
+            f'config.data.num_crops={config.data.num_crops} makes one crop: SwAV predicts codes '
+            'of a crop from another one, use at least 2'
         )
     _check(
         config,
