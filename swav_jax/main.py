@@ -17,6 +17,7 @@ import difflib
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -51,8 +52,10 @@ def _load(argv: Sequence[str]) -> ConfigDict | None:
     file = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     try:
         values(argv, known_only=True)
-        if file.value is not None:
-            file.value.keys()  # what kept the file from being read is raised at its first use
+        if values['config'].present:
+            path = Path(config_flags.get_config_filename(values['config']))
+            if not path.is_file():
+                raise UserError(f'--config={path}: there is no such file; see configs/ for some')
         return file.value
     except UserError:
         raise
@@ -80,14 +83,10 @@ def _where(error: Exception) -> str:
     """One line that says what failed in a config file, and where."""
     if isinstance(error, SyntaxError):
         return f'{error.filename}, line {error.lineno}: {error.msg}: {(error.text or "").strip()}'
-    if isinstance(error, OSError):
-        return ' '.join(str(error).split())
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    own = [
-        f for f in traceback.extract_tb(error.__traceback__) if 'site-packages' not in f.filename
-    ]
-    place = own[-1] if own else place
-    return f'{place.filename}, line {place.lineno}: {type(error).__name__}: {" ".join(str(error).split())}'
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((f for f in reversed(frames) if f.name == 'get_config'), frames[-1])
+    what = ' '.join(str(error).partition(' Other fields')[0].split()).strip('\'"')
+    return f'{place.filename}, line {place.lineno}: {type(error).__name__}: {what}'
 
 
 def flatten(config: ConfigDict, prefix: str = 'config') -> Iterator[tuple[str, object]]:

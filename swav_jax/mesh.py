@@ -37,7 +37,7 @@ def make_mesh(sync_bn: Mapping, devices: Sequence[jax.Device] | None = None) -> 
     if size < 1 or len(devices) % size:
         raise UserError(
             f'config.model.sync_bn.group_size={sync_bn["group_size"]} does not divide '
-            f'the {len(devices)} devices: use a divisor, 0 for all of them, -1 for those of a process'
+            f'the {len(devices)} devices: use a divisor, 0 for all, -1 for those of a process'
         )
     # A mesh from an array has axes of type Auto, which flax.linen's backward pass needs.
     return Mesh(np.array(devices).reshape(-1, size), AXES)
