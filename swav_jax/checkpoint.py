@@ -1,0 +1,311 @@
+"""Checkpoints of a run: saved in the background, verified when read.
+
+This is the only file that knows orbax. Orbax writes a checkpoint into a temporary folder and renames it when all of it is on disk, so a
+process that dies leaves the previous checkpoints as they were. What it does not do is notice a bit
+that changed on disk: the chunks that hold the arrays carry no checksum. Each array therefore gets
+a digest, taken on the devices before it is written and again after it was read, which covers the
+whole way there and back and does not depend on how the array is sharded.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from swav_jax.errors import UserError
+
+_NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+class Checkpoints:
+    """The checkpoints in one folder.
+
+    Args:
+        directory: the folder; made if it is missing.
+        keep: how many of the newest checkpoints stay.
+        keep_every_steps: checkpoints of steps that this divides stay for good (0: none).
+
+    All processes of a run call every method, with the same arguments. Only `save` changes what is
+    in the folder, so a second program may read the checkpoints of a run that goes on.
+    """
+
+    def __init__(self, directory: Path | str, *, keep: int = 2, keep_every_steps: int = 0):
+        self._directory = Path(directory).absolute()
+        policies = [checkpoint_managers.LatestN(keep)]
+        if keep_every_steps:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)
+            ),
+            item_handlers={
+                'state': ocp.StandardCheckpointHandler(),
+                'metadata': ocp.JsonCheckpointHandler(),
+            },
+        )
+        self._damaged: list[int] = []
+        self._tidy = False
+        self._needed_bytes = 0
+
+    def save(self, step: int, state: Any, metadata: dict) -> None:
+        """Begin to save `state`; returns as soon as the arrays may be changed or donated.
+
+        Args:
+            step: how many steps were made; a step that is already saved is left as it is.
+            state: a pytree of `jax.Array`, each on any number of devices.
+            metadata: what JSON can hold; `restore` hands it back.
+
+        Raises:
+            UserError: the disk is full, now or while the previous checkpoint was written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+            if not self._tidy:
+                self._tidy_up()
+            if step in self._manager.all_steps():
+                return
+            self._needed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            content = {'arrays': _describe(state), 'metadata': metadata}
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    metadata=ocp.args.JsonSave(content | {'sha256': _sha256(content)}),
+                ),
+            )
+
+    def restore(self, like: Any) -> tuple[Any, dict] | None:
+        """Read the newest checkpoint that loads; damaged ones are named in the log.
+
+        Args:
+            like: the state's pytree, of arrays or `jax.ShapeDtypeStruct`. Their shardings say where
+                the arrays go (the first device where there is none), which may be another number
+                of devices than the run had that saved them.
+
+        Returns:
+            The state and the metadata that were saved, or None where no checkpoint is.
+
+        Raises:
+            UserError: the checkpoint holds other arrays than `like` does, or none of them loads.
+        """
+        _silence_abandoned_reads()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        self._damaged = []
+        for step in steps:
+            try:
+                return self._load(step, like)
+            except (UserError, jax.errors.JaxRuntimeError):  # not the file's fault
+                raise
+            except Exception as error:  # a damaged file fails in as many ways as it has bytes
+                reason = str(error).strip().partition('\n')[0][:120]
+                logging.warning('checkpoint %s is damaged, skipped: %s', self._path(step), reason)
+                self._damaged.append(step)
+        if steps:
+            raise UserError(
+                f'none of the {len(steps)} checkpoints in {self._directory} loads: '
+                'move the folder away to begin a new run, or put a sound copy in its place'
+            )
+        return None
+
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def metadata(self, step: int) -> dict:
+        """Metadata that was saved with a step.
+
+        Raises:
+            ValueError: it is not what was written.
+        """
+        return self._content(step)['metadata']
+
+    def wait(self) -> None:
+        """Wait until the last `save` is on disk.
+
+        Raises:
+            UserError: the disk is full; the previous checkpoint is intact.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, then end the threads that write."""
+        with self._explained():
+            self._manager.close()
+
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _content(self, step: int) -> dict:
+        content = self._manager.restore(
+            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        ).metadata
+        if content.pop('sha256', None) != _sha256(content):
+            raise ValueError('its metadata is not what was written')
+        return content
+
+    def _load(self, step: int, like: Any) -> tuple[Any, dict]:
+        content = self._content(step)
+        like = jax.tree.map(_placed, like)
+        wanted, saved = _shapes(like), content['arrays']
+        for name in sorted(wanted.keys() | saved.keys()):
+            here, there = wanted.get(name, 'nothing'), _shape_of(saved.get(name))
+            if here != there:
+                raise UserError(
+                    f'{self._path(step)} holds {there} as {name} where this run needs {here}: '
+                    'resume with the config that it was made with, or take another --workdir'
+                )
+        state = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        ).state
+        digests = _digests(state)
+        for name, array in saved.items():
+            if digests[name] != array['digest']:
+                raise ValueError(f'{name} is not what was written')
+        return state, content['metadata']
+
+    def _tidy_up(self) -> None:
+        """Set damaged checkpoints aside and delete what an interrupted save left behind.
+
+        Done before the first save and not when the folder is opened: a reader must not touch it.
+        """
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                aside = self._directory / f'damaged-{step}'
+                shutil.rmtree(aside, ignore_errors=True)
+                self._path(step).rename(aside)
+            self._delete_temporaries()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices('checkpoints tidied up')
+        self._manager.reload()
+        self._tidy = True
+
+    def _delete_temporaries(self) -> None:
+        for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn a full disk, in whatever way it shows, into one line that says what is needed."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_about_space(error):
+                raise
+            if jax.process_index() == 0:
+                self._delete_temporaries()
+            self._manager.reload()
+            raise UserError(
+                f'no space for a checkpoint in {self._directory}: it needs up to '
+                f'{self._needed_bytes / 1e6:,.1f} MB, '
+                f'{shutil.disk_usage(self._directory).free / 1e6:,.1f} MB are free; checkpoints on '
+                f'disk: {self._manager.all_steps() or "none"}, intact. Make room or lower '
+                'config.checkpoint.keep, then start again'
+            ) from error
+
+
+@functools.cache
+def _silence_abandoned_reads() -> None:
+    """Keep orbax's other reads quiet when one of them fails.
+
+    It drops their coroutines and closes the loop that they report to; each would print a page to
+    stderr, at any time later.
+    """
+    hook = sys.unraisablehook
+
+    def all_but_abandoned_reads(unraisable: Any) -> None:
+        coroutine = repr(getattr(unraisable.object, 'cr_code', None))
+        if 'orbax' not in coroutine and str(unraisable.exc_value) != 'Event loop is closed':
+            hook(unraisable)
+
+    sys.unraisablehook = all_but_abandoned_reads
+
+
+def _is_about_space(error: BaseException | None) -> bool:
+    """Whether an exception, or what caused it, is the file system's refusal to store more."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            return True
+        if any(os.strerror(code) in str(error) for code in _NO_SPACE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, 'sharding', None) or jax.sharding.SingleDeviceSharding(
+        jax.local_devices()[0]
+    )
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _describe(state: Any) -> dict[str, dict]:
+    digests = _digests(state)
+    return {
+        name: {'dtype': leaf.dtype.name, 'shape': list(leaf.shape), 'digest': digests[name]}
+        for name, leaf in _named(state).items()
+    }
+
+
+def _shapes(like: Any) -> dict[str, str]:
+    return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in _named(like).items()}
+
+
+def _shape_of(array: dict | None) -> str:
+    return f'{array["dtype"]}{array["shape"]}' if array else 'nothing'
+
+
+def _sha256(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(state: Any) -> dict[str, str]:
+    sums = jax.device_get({name: _digest(leaf) for name, leaf in _named(state).items()})
+    return {name: ''.join(f'{int(word):08x}' for word in pair) for name, pair in sums.items()}
+
+
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+    """Two sums (2,) uint32 over the bits of an array, each word times an odd factor of its place.
+
+    Integer sums wrap around and come out the same in any order, so on any number of devices. A
+    change of a single word always changes them (an odd factor has an inverse modulo 2^32); any
+    other damage goes unseen once in 2^64.
+    """
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    bits = jax.lax.bitcast_convert_type(x, f'uint{8 * min(x.dtype.itemsize, 4)}')
+    words = bits.astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)
+    for axis, length in enumerate(words.shape):
+        place = place * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.stack([jnp.sum(words * _odd_factor(place, seed)) for seed in (1, 2)])
+
+
+def _odd_factor(place: jax.Array, seed: int) -> jax.Array:
+    """Uint32 hash of a place: multiply, shift, xor, as in integer finalisers."""
+    h = place * jnp.uint32(0x9E3779B1) + jnp.uint32(seed * 0x7F4A7C15 % 2**32)
+    h = (h ^ (h >> 15)) * jnp.uint32(0x85EBCA77)
+    return (h ^ (h >> 13)) | jnp.uint32(1)

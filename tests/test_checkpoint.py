@@ -1,0 +1,292 @@
+"""Checkpoints come back bit for bit, on any devices, or are refused; nothing else may happen."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from contextlib import closing
+from pathlib import Path
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from swav_jax.checkpoint import Checkpoints, _digest
+from swav_jax.errors import UserError
+
+METADATA = {'config': {'seed': 3, 'loss': {'epsilon': 0.05}, 'crops': [2, 6]}, 'version': '0.1.0'}
+
+
+@flax.struct.dataclass
+class State:
+    """What a training state is made of: replicated and sharded arrays, scalars, empty parts."""
+
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    queue: jax.Array | None
+
+
+def make_state(seed: int, *, devices: int = 8, members: int = 2, rows: int = 1024) -> State:
+    """A state whose queue is sharded over `devices` and whose other arrays are on each of them."""
+    mesh = Mesh(
+        np.array(jax.devices()[:devices]).reshape(-1, min(members, devices)), ('group', 'member')
+    )
+    rng = np.random.default_rng(seed)
+    params = {
+        'head': {'kernel': jnp.asarray(rng.standard_normal((40, 24)), jnp.float32)},
+        'half': jnp.asarray(rng.standard_normal(7), jnp.bfloat16),
+        'mask': jnp.asarray(rng.random(9) > 0.5),
+    }
+    optimizer = optax.chain(optax.trace(0.9), optax.scale(-1.0))
+    state = State(
+        step=jnp.int32(seed),
+        params=params,
+        opt_state=optimizer.init(params),
+        queue=jnp.asarray(rng.standard_normal((2, rows, 16)), jnp.float32),
+    )
+    replicated = jax.device_put(state, NamedSharding(mesh, P()))
+    sharded = NamedSharding(mesh, P(None, ('group', 'member')))
+    return replicated.replace(queue=jax.device_put(state.queue, sharded))
+
+
+def abstract(state: State) -> State:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def assert_same(actual: State, expected: State) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def data_file(checkpoint: Path) -> Path:
+    """The file that holds the arrays: the largest."""
+    return max((f for f in checkpoint.rglob('*') if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def damage(path: Path, how: str) -> None:
+    """Flip one byte, flip some all over the file, or cut it in half.
+
+    A single flip may hit a part that orbax no longer reads: it then has to be harmless.
+    """
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    for place in {'flip': [middle], 'flips': range(0, len(content), 99), 'cut': []}[how]:
+        content[place] ^= 0x10
+    path.write_bytes(content[:middle] if how == 'cut' else content)
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory) -> Path:
+    """A folder with the checkpoints of steps 1 and 2. Tests that change it copy it first."""
+    directory = tmp_path_factory.mktemp('saved')
+    with closing(Checkpoints(directory, keep=3)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), METADATA | {'step': step})
+    return directory
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    subprocess.run(['cp', '-r', str(saved), str(tmp_path / 'run')], check=True)
+    return tmp_path / 'run'
+
+
+@pytest.mark.parametrize(('devices', 'members'), [(8, 2), (1, 1), (4, 4)])
+def test_restores_bit_for_bit_onto_other_devices(saved, devices, members):
+    like = abstract(make_state(0, devices=devices, members=members))
+    with closing(Checkpoints(saved)) as checkpoints:
+        state, metadata = checkpoints.restore(like)
+    assert_same(state, make_state(2))
+    assert metadata == METADATA | {'step': 2}
+    assert state.queue.sharding == like.queue.sharding
+    assert state.step.sharding == like.step.sharding
+
+
+def test_nothing_to_restore(tmp_path):
+    with closing(Checkpoints(tmp_path / 'new')) as checkpoints:
+        assert checkpoints.restore(make_state(0)) is None
+        assert checkpoints.latest_step() is None
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'int32', 'uint8', 'bool'])
+def test_a_digest_sees_every_changed_place(dtype):
+    """Each single change, and two values that trade places; -0 is not 0."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 7)).astype(jnp.dtype(dtype))
+    seen = [tuple(_digest(jnp.asarray(x)))]
+    for place in np.ndindex(x.shape):
+        changed = x.copy()
+        changed.view(np.uint8)[place[0], place[1] * x.itemsize] ^= 1
+        seen.append(tuple(_digest(jnp.asarray(changed))))
+    if dtype == 'float32':
+        seen.append(tuple(_digest(jnp.asarray(x[::-1]))))
+        seen += [tuple(_digest(jnp.zeros((5, 7)))), tuple(_digest(-jnp.zeros((5, 7))))]
+    assert len({tuple(map(int, pair)) for pair in seen}) == len(seen)
+
+
+def test_a_saved_state_may_be_donated_at_once(tmp_path):
+    """The writer runs in the background: it must not see what the next step makes of the arrays."""
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        state = make_state(5, rows=8192)
+        checkpoints.save(5, state, {})
+        jax.block_until_ready(advance(state))
+        checkpoints.wait()
+        restored, _ = checkpoints.restore(make_state(0, rows=8192))
+    assert_same(restored, make_state(5, rows=8192))
+
+
+def test_keeps_the_newest_and_the_landmarks(tmp_path):
+    state = make_state(1)
+    with closing(Checkpoints(tmp_path, keep=2, keep_every_steps=4)) as checkpoints:
+        for step in range(1, 12):
+            checkpoints.save(step, state, {'step': step})
+        checkpoints.save(11, state, {'step': 'saved twice'})
+        checkpoints.wait()
+        assert checkpoints.metadata(11) == {'step': 11}
+        assert checkpoints.latest_step() == 11
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [4, 8, 10, 11]
+
+
+@pytest.mark.parametrize('how', ['flips', 'cut'])
+def test_a_damaged_checkpoint_is_named_and_skipped(copied, how, caplog):
+    damage(data_file(copied / '2'), how)
+    with closing(Checkpoints(copied)) as checkpoints, caplog.at_level(logging.WARNING):
+        state, metadata = checkpoints.restore(make_state(0))
+    assert_same(state, make_state(1))
+    assert metadata['step'] == 1
+    assert str(copied / '2') in caplog.text
+
+
+def test_no_damage_to_any_file_goes_unseen(saved, tmp_path):
+    """Whichever file is hit: the state is the one that was saved, or the older one is taken."""
+    expected = {step: make_state(step) for step in (1, 2)}
+    files = sorted(f.relative_to(saved) for f in (saved / '2').rglob('*') if f.is_file())
+    skipped = 0
+    for number, name in enumerate(files):
+        for how in ('flip', 'cut'):
+            directory = tmp_path / f'{number}{how}'
+            subprocess.run(['cp', '-r', str(saved), str(directory)], check=True)
+            damage(directory / name, how)
+            with closing(Checkpoints(directory)) as checkpoints:
+                state, metadata = checkpoints.restore(expected[1])
+            assert_same(state, expected[metadata['step']])
+            assert metadata == METADATA | {'step': metadata['step']}
+            skipped += metadata['step'] == 1
+    assert skipped >= 4
+
+
+def test_a_run_goes_on_after_a_damaged_checkpoint(copied):
+    damage(data_file(copied / '2'), 'flips')
+    with closing(Checkpoints(copied)) as checkpoints:
+        assert checkpoints.restore(make_state(0))[1]['step'] == 1
+        assert (copied / '2').exists(), 'reading must not move anything'
+        checkpoints.save(2, make_state(7), {'step': 'again'})
+        checkpoints.wait()
+        assert_same(checkpoints.restore(make_state(0))[0], make_state(7))
+    assert {path.name for path in copied.iterdir()} == {'1', '2', 'damaged-2'}
+
+
+def test_refuses_when_none_loads(copied):
+    for step in '12':
+        damage(data_file(copied / step), 'cut')
+    with (
+        closing(Checkpoints(copied)) as checkpoints,
+        pytest.raises(UserError, match='none of the 2 checkpoints'),
+    ):
+        checkpoints.restore(make_state(0))
+
+
+def test_another_model_is_the_users_mistake_and_not_damage(saved):
+    like = make_state(0)
+    wider = like.replace(params=like.params | {'head': {'kernel': jnp.zeros((40, 25))}})
+    with closing(Checkpoints(saved)) as checkpoints:
+        with pytest.raises(
+            UserError, match=r'float32\[40, 24\] as params/head/kernel .* float32\[40, 25\]'
+        ):
+            checkpoints.restore(wider)
+        with pytest.raises(UserError, match=r'holds float32.* as queue .* needs nothing'):
+            checkpoints.restore(like.replace(queue=None))
+
+
+def test_a_reader_leaves_a_save_in_progress_alone(copied):
+    """A second program may look at the newest checkpoint while the run writes the next."""
+    unfinished = copied / '3.orbax-checkpoint-tmp'
+    unfinished.mkdir()
+    with closing(Checkpoints(copied)) as checkpoints:
+        checkpoints.restore(make_state(0))
+        assert checkpoints.latest_step() == 2
+        assert unfinished.exists()
+        checkpoints.save(4, make_state(4), {})
+    assert not unfinished.exists(), 'what an interrupted save left behind is removed'
+
+
+def run_child(directory: Path, body: str) -> subprocess.CompletedProcess:
+    """Run `body` in a child with `checkpoints` open on `directory` and `state(seed, rows)`."""
+    prelude = textwrap.dedent("""
+        import os, resource, signal, sys
+        from pathlib import Path
+        import jax
+        sys.path[:0] = sys.argv[2:]
+        from test_checkpoint import make_state
+        from swav_jax.checkpoint import Checkpoints
+        from swav_jax.errors import UserError
+        checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
+    """)
+    here = Path(__file__).parent
+    return subprocess.run(
+        [sys.executable, '-c', prelude + textwrap.dedent(body), directory, here, here.parent],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'},
+    )
+
+
+def test_killed_while_writing(tmp_path):
+    child = run_child(
+        tmp_path,
+        """
+        checkpoints.save(1, make_state(1, rows=65536), {'step': 1})
+        checkpoints.wait()
+        checkpoints.save(2, make_state(2, rows=65536), {'step': 2})
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        state, metadata = checkpoints.restore(make_state(0, rows=65536))
+        assert_same(state, make_state(metadata['step'], rows=65536))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    child = run_child(
+        tmp_path,
+        """
+        checkpoints.save(1, make_state(1), {'step': 1})
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            checkpoints.save(2, make_state(2, rows=65536), {'step': 2})
+            checkpoints.wait()
+        except UserError as error:
+            print(error)
+        """,
+    )
+    assert 'it needs up to 8.4 MB' in child.stdout, child.stdout + child.stderr
+    assert 'checkpoints on disk: [1], intact' in child.stdout
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        assert_same(checkpoints.restore(make_state(0))[0], make_state(1))
+    assert {path.name for path in tmp_path.iterdir()} == {'1'}
