@@ -1,10 +1,11 @@
 """Checkpoints of a run: saved in the background, verified when read.
 
-This is the only file that knows orbax. Orbax writes a checkpoint into a temporary folder and renames it when all of it is on disk, so a
-process that dies leaves the previous checkpoints as they were. What it does not do is notice a bit
-that changed on disk: the chunks that hold the arrays carry no checksum. Each array therefore gets
-a digest, taken on the devices before it is written and again after it was read, which covers the
-whole way there and back and does not depend on how the array is sharded.
+This is the only file that knows orbax. Orbax writes a checkpoint into a temporary folder and
+renames it when all of it is on disk, so a process that dies leaves the previous checkpoints as they
+were. What it does not do is notice a bit that changed on disk: the chunks that hold the arrays
+carry no checksum. Each array therefore gets a digest, taken on the devices before it is written and
+again after it was read, which covers the whole way there and back and does not depend on how the
+array is sharded.
 """
 
 import contextlib
@@ -45,6 +46,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path | str, *, keep: int = 2, keep_every_steps: int = 0):
+        _quiet_orbax()
         self._directory = Path(directory).absolute()
         policies = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:
@@ -104,7 +106,6 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint holds other arrays than `like` does, or none of them loads.
         """
-        _silence_abandoned_reads()
         steps = sorted(self._manager.all_steps(), reverse=True)
         self._damaged = []
         for step in steps:
@@ -221,20 +222,23 @@ class Checkpoints:
 
 
 @functools.cache
-def _silence_abandoned_reads() -> None:
-    """Keep orbax's other reads quiet when one of them fails.
+def _quiet_orbax() -> None:
+    """Leave it to exceptions to say what failed.
 
-    It drops their coroutines and closes the loop that they report to; each would print a page to
-    stderr, at any time later.
+    Of one failed read or write orbax logs several traces of a page each, and the coroutines that it
+    drops print more of them to stderr, at any time later.
     """
+    logging.get_absl_logger().addFilter(
+        lambda record: 'orbax' not in record.pathname or record.levelname != 'ERROR'
+    )
     hook = sys.unraisablehook
 
-    def all_but_abandoned_reads(unraisable: Any) -> None:
+    def all_but_abandoned_coroutines(unraisable: Any) -> None:
         coroutine = repr(getattr(unraisable.object, 'cr_code', None))
         if 'orbax' not in coroutine and str(unraisable.exc_value) != 'Event loop is closed':
             hook(unraisable)
 
-    sys.unraisablehook = all_but_abandoned_reads
+    sys.unraisablehook = all_but_abandoned_coroutines
 
 
 def _is_about_space(error: BaseException | None) -> bool:

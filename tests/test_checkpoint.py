@@ -287,6 +287,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     )
     assert 'it needs up to 8.4 MB' in child.stdout, child.stdout + child.stderr
     assert 'checkpoints on disk: [1], intact' in child.stdout
+    assert 'Traceback' not in child.stderr
     with closing(Checkpoints(tmp_path)) as checkpoints:
         assert_same(checkpoints.restore(make_state(0))[0], make_state(1))
     assert {path.name for path in tmp_path.iterdir()} == {'1'}
