@@ -231,6 +231,9 @@ def _quiet_orbax() -> None:
     logging.get_absl_logger().addFilter(
         lambda record: 'orbax' not in record.pathname or record.levelname != 'ERROR'
     )
+    logging.standard_logging.getLogger('asyncio').addFilter(
+        lambda record: 'orbax' not in record.getMessage()
+    )
     hook = sys.unraisablehook
 
     def all_but_abandoned_coroutines(unraisable: Any) -> None:

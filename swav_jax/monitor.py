@@ -1,0 +1,277 @@
+"""What a run says while it goes on: the progress line, metrics.jsonl, TensorBoard, the summary.
+
+The step never waits for it: metrics stay on the devices and are fetched at the next logged step,
+when the devices have long been done with them. Process 0 writes; the others only fetch, which keeps
+them from running ahead of their devices.
+"""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+_SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
+
+
+class Monitor:
+    """Metrics of a run in `workdir`.
+
+    Args:
+        workdir: gets metrics.jsonl, events.jsonl, tensorboard/ and, at the end, summary.json.
+        total_steps: the run's steps.
+        steps_per_epoch: to tell the epoch.
+        batch_size: images a step, over all processes.
+        num_prototypes: K, or that of each head; ln K is the loss of a model that tells nothing
+            apart.
+        log_every_steps: steps between logged ones; the first and the last step are logged too.
+        first_step: steps made before, where a run is resumed. What is on record beyond them is
+            dropped, since those steps are made again.
+        console: where to print (default: stdout).
+
+    Raises:
+        OSError: `workdir` cannot be written.
+    """
+
+    def __init__(
+        self,
+        workdir: Path | str,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        num_prototypes: int | Sequence[int],
+        log_every_steps: int,
+        first_step: int = 0,
+        console: Console | None = None,
+    ):
+        self._workdir = Path(workdir)
+        self._total_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._batch_size = batch_size
+        self._ln_k = float(np.mean(np.log(num_prototypes)))
+        self._log_every_steps = log_every_steps
+        self._pending: dict[str, Any] | None = None
+        self._logged_step, self._logged_at, self._waited = first_step, time.monotonic(), 0.0
+        self._writes = jax.process_index() == 0
+        if self._writes:
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            for name in ('metrics.jsonl', 'events.jsonl'):
+                _drop_beyond(self._workdir / name, first_step)
+            self._metrics = (self._workdir / 'metrics.jsonl').open('a')
+            self._events = (self._workdir / 'events.jsonl').open('a')
+            self._tensorboard = SummaryWriter(
+                str(self._workdir / 'tensorboard'), purge_step=first_step + 1
+            )
+            self._line = _Line(console or Console(), total_steps, first_step)
+
+    def __enter__(self) -> 'Monitor':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def record(
+        self, step: int, metrics: Mapping[str, jax.Array], data_wait: float = 0.0
+    ) -> dict[str, Any] | None:
+        """Note a step; to be called after every one.
+
+        Args:
+            step: steps made, this one included.
+            metrics: scalars, at least `loss` and `lr`, the same on all devices.
+            data_wait: seconds that the step waited for its batch.
+
+        Returns:
+            The row of the *previously* logged step if this one is logged, else None.
+        """
+        self._waited += data_wait
+        if self._writes:
+            self._line.move(step)
+        if step % self._log_every_steps and step not in (1, self._total_steps):
+            return None
+        now, steps = time.monotonic(), step - self._logged_step
+        row = self.flush()
+        self._pending = {
+            'step': step,
+            'epoch': round(step / self._steps_per_epoch, 4),
+            'images_per_second': round(steps * self._batch_size / (now - self._logged_at), 2),
+            'data_wait': round(self._waited / steps, 6),
+            'metrics': metrics,
+        }
+        self._logged_step, self._logged_at, self._waited = step, now, 0.0
+        return row
+
+    def flush(self) -> dict[str, Any] | None:
+        """Fetch and write the last logged step's row now and return it, if it is not yet written.
+
+        To be called before a checkpoint is saved: a run that resumes from it makes that step no
+        more, so its row has to be on disk.
+        """
+        if self._pending is None:
+            return None
+        pending, self._pending = self._pending, None
+        metrics = {name: float(x) for name, x in jax.device_get(pending.pop('metrics')).items()}
+        loss, lr = metrics.pop('loss'), metrics.pop('lr')
+        row = {'step': pending.pop('step'), 'epoch': pending.pop('epoch'), 'loss': loss, 'lr': lr}
+        row |= pending | {'loss_over_ln_k': loss / self._ln_k} | dict(sorted(metrics.items()))
+        if self._writes:
+            _append(self._metrics, row)
+            for name, value in row.items():
+                if name != 'step':
+                    self._tensorboard.add_scalar(name, value, row['step'])
+            left = (self._total_steps - row['step']) * self._batch_size / row['images_per_second']
+            self._line.tell(row['step'], _sentence(row, self._total_steps, left))
+        return row
+
+    def events(self, values: Mapping[str, float], step: int) -> None:
+        """Note numbers that few steps have, such as the accuracy of a kNN classifier."""
+        if self._writes and values:
+            epoch = round(step / self._steps_per_epoch, 4)
+            _append(self._events, {'step': step, 'epoch': epoch} | dict(values))
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+            numbers = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
+            self.say(f'step {step}/{self._total_steps}  {numbers}')
+
+    def say(self, text: str) -> None:
+        """Print lines that stay, above the progress line."""
+        if self._writes:
+            self._line.say(text)
+
+    def finish(self, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Write summary.json, print it as a table, and close.
+
+        Args:
+            summary: what the run found out, beyond what follows from metrics.jsonl.
+
+        Returns:
+            All of it: steps, epochs, loss_first, loss_last, loss_last_over_ln_k, images_per_second
+            (the median over the logged steps) and data_wait_share (of the time), then `summary`.
+        """
+        self.flush()
+        if not self._writes:
+            return dict(summary)
+        summary = _in_short(read_rows(self._workdir / 'metrics.jsonl'), self._batch_size) | summary
+        _write_atomically(self._workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        self.close()
+        self._line.table(summary)
+        return summary
+
+    def close(self) -> None:
+        """Write what is pending and give the terminal back; harmless when done already."""
+        if self._writes and not self._metrics.closed:
+            self._line.stop()
+            self._metrics.close()
+            self._events.close()
+            self._tensorboard.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects in a .jsonl file; a line that a killed process left unfinished is passed over."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class _Line:
+    """One line that moves on a terminal; elsewhere a plain line every so often."""
+
+    def __init__(self, console: Console, total: int, first: int):
+        self._console = console
+        self._said_at = -math.inf
+        self._total = total
+        self._progress = None
+        if console.is_terminal and not console.is_dumb_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=16),
+                TextColumn('{task.description}', markup=False),
+                console=console,
+                refresh_per_second=4,
+            )
+            self._task = self._progress.add_task('compiling …', total=total, completed=first)
+            self._progress.start()
+
+    def move(self, step: int) -> None:
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def tell(self, step: int, text: str) -> None:
+        if self._progress:
+            self._progress.update(self._task, description=text)
+        elif step == self._total or time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
+            self._said_at = time.monotonic()
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def table(self, summary: Mapping[str, Any]) -> None:
+        table = Table(show_header=False)
+        table.add_column()
+        table.add_column(justify='right')
+        for name, value in summary.items():
+            table.add_row(name, f'{value:,.4g}' if isinstance(value, float) else str(value))
+        self._console.print(table)
+
+
+def _sentence(row: Mapping[str, Any], total: int, seconds_left: float) -> str:
+    minutes, seconds = divmod(round(seconds_left), 60)
+    return (
+        f'step {row["step"]}/{total}  epoch {row["epoch"]:.2f}  loss {row["loss"]:.4f}  '
+        f'lr {row["lr"]:.3g}  {row["images_per_second"]:,.0f} images/s  '
+        f'{minutes // 60}:{minutes % 60:02}:{seconds:02} left'
+    )
+
+
+def _in_short(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
+    if not rows:
+        return {'steps': 0}
+    steady = rows[1:] or rows  # the first one holds the compilation
+    rate = statistics.median(row['images_per_second'] for row in steady)
+    return {
+        'steps': rows[-1]['step'],
+        'epochs': rows[-1]['epoch'],
+        'loss_first': rows[0]['loss'],
+        'loss_last': rows[-1]['loss'],
+        'loss_last_over_ln_k': rows[-1]['loss_over_ln_k'],
+        'images_per_second': rate,
+        'data_wait_share': statistics.median(r['data_wait'] for r in steady) * rate / batch_size,
+    }
+
+
+def _append(file: Any, row: Mapping[str, Any]) -> None:
+    """Write a row as one line; what is not a finite number becomes null, for JSON has no NaN."""
+    finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
+    file.write(json.dumps(finite) + '\n')
+    file.flush()
+
+
+def _drop_beyond(path: Path, step: int) -> None:
+    """Keep the rows up to `step`; none where a run begins anew."""
+    kept = [row for row in read_rows(path) if step and row['step'] <= step]
+    _write_atomically(path, ''.join(json.dumps(row) + '\n' for row in kept))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(text)
+    temporary.replace(path)
