@@ -8,11 +8,28 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from swav_jax.config import default
 from swav_jax.errors import UserError
+from swav_jax.models import regnet
 from swav_jax.models.conv import Conv
 from swav_jax.models.head import ACTIVATIONS, SwAVHead
 from swav_jax.models.norm import BatchNorm
+from swav_jax.models.regnet import RegNet
 from swav_jax.models.resnet import BLOCKS, ResNet, expansion, stem_width
+
+# Settings under config.model.trunk that a trunk reads, beside `name` and `stem`; a RegNet that goes
+# by torchvision's name reads none.
+READS = {
+    'resnet': (
+        'depth',
+        'width_multiplier',
+        'groups',
+        'width_per_group',
+        'layer4_stride',
+        'zero_init_residual',
+    ),
+    'regnet': regnet.Parameters._fields,
+}
 
 
 class SwAVNet(nn.Module):
@@ -83,17 +100,10 @@ def build(
 def build_trunk(trunk_config: ConfigDict, *, conv: Any, norm: Any) -> nn.Module:
     """The trunk that `config.model.trunk` describes, made of the given layers."""
     _check_trunk(trunk_config)
-    return ResNet(
-        depth=trunk_config.depth,
-        width_multiplier=trunk_config.width_multiplier,
-        groups=trunk_config.groups,
-        width_per_group=trunk_config.width_per_group,
-        layer4_stride=trunk_config.layer4_stride,
-        zero_init_residual=trunk_config.zero_init_residual,
-        stem=trunk_config.stem,
-        conv=conv,
-        norm=norm,
-    )
+    if trunk_config.name == 'resnet':
+        settings = {key: trunk_config[key] for key in READS['resnet']}
+        return ResNet(**settings, stem=trunk_config.stem, conv=conv, norm=norm)
+    return RegNet(_regnet_parameters(trunk_config), trunk_config.stem, conv=conv, norm=norm)
 
 
 def trunk_output_dim(trunk_config: ConfigDict) -> int:
@@ -103,13 +113,26 @@ def trunk_output_dim(trunk_config: ConfigDict) -> int:
       UserError: for a setting that names no network.
     """
     _check_trunk(trunk_config)
-    return 8 * stem_width(trunk_config.width_multiplier) * expansion(trunk_config.depth)
+    if trunk_config.name == 'resnet':
+        return 8 * stem_width(trunk_config.width_multiplier) * expansion(trunk_config.depth)
+    return regnet.stages(_regnet_parameters(trunk_config))[-1].width
+
+
+def _regnet_parameters(trunk: ConfigDict) -> regnet.Parameters:
+    if trunk.name in regnet.NAMED:
+        return regnet.NAMED[trunk.name]
+    return regnet.Parameters(*(trunk[key] for key in regnet.Parameters._fields))
 
 
 def _build_head(model_config: ConfigDict, *, norm: Any, dtype: Any) -> SwAVHead:
     head = model_config.head
     output_dim = trunk_output_dim(model_config.trunk)
     first, *dims = head.dims
+    if not dims:
+        raise UserError(
+            f'config.model.head.dims is {tuple(head.dims)}: give at least two widths, the '
+            "trunk's (or 0 to have it inferred) and that of the embeddings"
+        )
     if first and first != output_dim:
         raise UserError(
             f'config.model.head.dims begins with {first}, but the trunk puts out {output_dim} '
@@ -136,16 +159,23 @@ def _build_head(model_config: ConfigDict, *, norm: Any, dtype: Any) -> SwAVHead:
 
 
 def _check_trunk(trunk: ConfigDict) -> None:
-    allowed = {
-        'name': ('resnet',),
-        'depth': tuple(BLOCKS),
-        'layer4_stride': (1, 2),
-        'stem': ('imagenet', 'small'),
-    }
-    for key, choices in allowed.items():
-        if trunk[key] not in choices:
-            choices = ', '.join(map(str, choices))
-            raise UserError(f'config.model.trunk.{key} is {trunk[key]!r}: choose one of {choices}')
+    names = ('resnet', 'regnet', *regnet.NAMED)
+    _check_choice(trunk, 'name', names)
+    _check_choice(trunk, 'stem', ('imagenet', 'small'))
+    reads = ('name', 'stem', *READS.get(trunk.name, ()))
+    for key, unset in default().model.trunk.items():
+        if key not in reads and trunk[key] != unset:
+            raise UserError(
+                f'config.model.trunk.{key} is {trunk[key]}, which the trunk {trunk.name!r} does '
+                f'not have: leave it at {unset}'
+            )
+    if trunk.name == 'resnet':
+        _check_resnet(trunk)
+
+
+def _check_resnet(trunk: ConfigDict) -> None:
+    _check_choice(trunk, 'depth', tuple(BLOCKS))
+    _check_choice(trunk, 'layer4_stride', (1, 2))
     for key in ('width_multiplier', 'groups', 'width_per_group'):
         if not trunk[key] > 0:
             raise UserError(f'config.model.trunk.{key} is {trunk[key]}: give a positive number')
@@ -155,3 +185,9 @@ def _check_trunk(trunk: ConfigDict) -> None:
             f'{trunk.groups}, width_per_group {trunk.width_per_group}): use depth 50 or more, or '
             f'groups 1 and width_per_group 64'
         )
+
+
+def _check_choice(trunk: ConfigDict, key: str, allowed: tuple) -> None:
+    if trunk[key] not in allowed:
+        choices = ', '.join(map(str, allowed))
+        raise UserError(f'config.model.trunk.{key} is {trunk[key]!r}: choose one of {choices}')

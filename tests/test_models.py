@@ -1,0 +1,309 @@
+"""Trunks and head against torchvision: same features, same parameter counts, same errors."""
+
+import json
+import re
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torchvision
+from golden_weights import state_dict
+from torchvision.models.regnet import BlockParams
+
+from swav_jax import config, models, torch_weights
+from swav_jax.errors import UserError
+from swav_jax.models import regnet
+from swav_jax.models.head import normalize
+
+GOLDEN = np.load(Path(__file__).parent / 'golden' / 'trunks.npz')
+META = json.loads(str(GOLDEN['meta']))
+
+TRUNKS = {
+    'resnet18': dict(depth=18),
+    'resnet34': dict(depth=34),
+    'resnet50': dict(depth=50),
+    'resnet101': dict(depth=101),
+    'resnet152': dict(depth=152),
+    'resnext50_32x4d': dict(depth=50, groups=32, width_per_group=4),
+    'resnext101_32x8d': dict(depth=101, groups=32, width_per_group=8),
+    'resnext101_64x4d': dict(depth=101, groups=64, width_per_group=4),
+    'wide_resnet50_2': dict(depth=50, width_per_group=128),
+    'wide_resnet101_2': dict(depth=101, width_per_group=128),
+    **{name: dict(name=name) for name in regnet.NAMED},
+}
+
+
+def model_config(trunk=None, head=None):
+    """`config.model` with some settings changed."""
+    settings = config.default().model
+    settings.trunk.update(trunk or {})
+    settings.head.update(head or {})
+    return settings
+
+
+def shapes(net, size=32, channels=3):
+    """Shapes of the variables, without computing any."""
+    crops = [jax.ShapeDtypeStruct((2, size, size, channels), jnp.float32)]
+    return jax.eval_shape(lambda crops: net.init(jax.random.key(0), crops, False), crops)
+
+
+def zeros(tree):
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize('name', META)
+def test_features_equal_torchvisions_to_rounding(name, tmp_path):
+    golden = state_dict(dict(META[name]['names']))
+    torch_weights.write(tmp_path / 'golden.pth', golden)
+    images = np.random.default_rng([0, zlib.crc32(name.encode())])
+    images = images.standard_normal((2, 64, 64, 3))
+    with jax.enable_x64(True):
+        net = models.build(model_config(TRUNKS[name]), dtype=jnp.float64)
+        variables = zeros(shapes(net))
+        params, stats = torch_weights.load_into(
+            variables['params'], variables['batch_stats'], tmp_path / 'golden.pth'
+        )
+        variables = {'params': params, 'batch_stats': stats}
+        for mode in ('eval', 'train'):
+            features, _ = jax.jit(
+                lambda v, x, train=mode == 'train': net.apply(
+                    v, x, train, method=lambda net, *args: net.trunk(*args), mutable=['batch_stats']
+                )
+            )(variables, images)
+            assert features.dtype == jnp.float64
+            np.testing.assert_allclose(features, GOLDEN[f'{name}/{mode}'], rtol=1e-9)
+
+
+@pytest.mark.parametrize('name', TRUNKS)
+def test_trunk_has_as_many_parameters_and_features_as_torchvisions(name, monkeypatch):
+    # Nothing is allocated on the meta device, but a RegNet's widths are computed with tensors.
+    def on_cpu(*args, compute=BlockParams.from_init_params, **kwargs):
+        with torch.device('cpu'):
+            return compute(*args, **kwargs)
+
+    monkeypatch.setattr(BlockParams, 'from_init_params', on_cpu)
+    settings = model_config(TRUNKS[name])
+    with torch.device('meta'):
+        reference = torchvision.models.get_model(name)
+    width = reference.fc.in_features
+    reference.fc = torch.nn.Identity()
+    params = shapes(models.build(settings))['params']['trunk']
+    assert count(params) == sum(p.numel() for p in reference.parameters())
+    assert models.trunk_output_dim(settings.trunk) == width
+
+
+def test_regnets_of_any_parameters_have_torchvisions_stages():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        depth, group_width = int(rng.integers(1, 40)), int(rng.integers(1, 600))
+        w_0, w_a, w_m = 8 * int(rng.integers(1, 100)), rng.uniform(0, 300), rng.uniform(1.5, 4)
+        reference = BlockParams.from_init_params(depth, w_0, w_a, w_m, group_width)
+        stages = regnet.stages(regnet.Parameters(depth, w_0, w_a, w_m, group_width))
+        assert [tuple(stage) for stage in stages] == list(
+            zip(reference.depths, reference.widths, reference.group_widths, strict=True)
+        )
+
+
+def test_seeds_regnety_256gf():
+    trunk = dict(name='regnet', depth=27, w_0=640, w_a=230.83, w_m=2.53, group_width=373)
+    settings = model_config(trunk, dict(dims=(0, 10444, 128), use_bn=False))
+    params = shapes(models.build(settings))['params']
+    assert models.trunk_output_dim(settings.trunk) == 10444
+    assert count(params['trunk']) == 1_272_156_138
+    assert count(params) == 1_382_964_678
+
+
+@pytest.mark.parametrize('multiplier', [0.125, 0.3, 2, 5])
+@pytest.mark.parametrize('depth', [18, 50])
+def test_width_multiplier_widens_all_stages_and_the_output(depth, multiplier):
+    settings = model_config(dict(depth=depth, width_multiplier=multiplier))
+    trunk = shapes(models.build(settings))['params']['trunk']
+    stem = round(64 * multiplier)
+    assert trunk['conv1']['kernel'].shape == (7, 7, 3, stem)
+    for stage in range(4):
+        assert trunk[f'layer{stage + 1}_1']['conv1']['kernel'].shape[-1] == stem * 2**stage
+    last = {18: 'conv2', 50: 'conv3'}[depth]
+    output = trunk['layer4_1'][last]['kernel'].shape[-1]
+    assert output == models.trunk_output_dim(settings.trunk) == stem * {18: 8, 50: 32}[depth]
+
+
+@pytest.mark.parametrize(
+    ('trunk', 'size', 'last'),
+    [
+        (dict(depth=18), 224, 7),
+        (dict(depth=50, layer4_stride=1), 224, 14),
+        (dict(depth=18, stem='small', width_multiplier=0.125), 28, 4),
+        (dict(name='regnet_y_400mf'), 224, 7),
+        (dict(name='regnet_x_400mf', stem='small'), 32, 2),
+    ],
+)
+def test_last_feature_map(trunk, size, last):
+    net = models.build(model_config(trunk))
+    images = jnp.zeros((1, size, size, 3))
+
+    def outputs(images):
+        variables = net.init(jax.random.key(0), [images], False)
+        _, state = net.apply(
+            variables, images, method='features', capture_intermediates=True, mutable=True
+        )
+        blocks = state['intermediates']['trunk'].items()
+        return [b['__call__'][0] for name, b in blocks if name.startswith(('layer', 'block'))]
+
+    assert min(out.shape[1] for out in jax.eval_shape(outputs, images)) == last
+
+
+@pytest.mark.parametrize(
+    ('trunk', 'message'),
+    [
+        (dict(name='resnet50'), "name is 'resnet50': choose one of resnet, regnet, regnet_y_400mf"),
+        (dict(depth=51), 'depth is 51: choose one of 18, 34'),
+        (dict(stem='tiny'), "stem is 'tiny': choose one of imagenet, small"),
+        (dict(layer4_stride=3), 'layer4_stride is 3: choose one of 1, 2'),
+        (dict(width_multiplier=0.0), 'width_multiplier is 0.0: give a positive number'),
+        (dict(depth=18, groups=32), 'depth 18 has no grouped convolutions'),
+        (dict(name='regnet_y_400mf', width_multiplier=2.0), 'width_multiplier is 2.0, which the'),
+        (dict(w_0=48), "w_0 is 48, which the trunk 'resnet' does not have: leave it at 0"),
+        (dict(name='regnet'), 'a RegNet needs depth ≥ 1, w_0 a positive multiple of 8'),
+    ],
+)
+def test_a_trunk_that_does_not_exist_is_refused(trunk, message):
+    with pytest.raises(UserError, match=message):
+        models.build(model_config(trunk))
+
+
+def test_head_dims_must_begin_with_the_trunks_width():
+    for dims in ((0, 64, 16), (None, 64, 16), (512, 64, 16)):
+        head = shapes(models.build(model_config(dict(depth=18), dict(dims=dims))))['params']['head']
+        assert head['linear0']['kernel'].shape == (512, 64)
+    with pytest.raises(UserError, match='begins with 2048, but the trunk puts out 512 features'):
+        models.build(model_config(dict(depth=18), dict(dims=(2048, 64, 16))))
+    with pytest.raises(UserError, match='dims is'):
+        models.build(model_config(dict(depth=18), dict(dims=(512,))))
+    with pytest.raises(UserError, match="activation_name is 'swish': choose one of relu, gelu"):
+        models.build(model_config(head=dict(activation_name='swish')))
+
+
+HEADS = {
+    'as VISSL has it': dict(),
+    'three layers': dict(dims=(0, 20, 24, 16)),
+    'one layer': dict(dims=(0, 16)),
+    'no norm, no bias': dict(use_bn=False, use_bias=False),
+    'norm at the end': dict(skip_last_bn=False),
+    'gelu': dict(activation_name='GELU'),
+    'no activation': dict(activation_name='none'),
+    'not normalised': dict(normalize_feats=False),
+    'two heads': dict(num_clusters=(7, 9)),
+    'weight norm': dict(use_weight_norm_prototypes=True),
+}
+
+
+def torch_head(settings, width):
+    """VISSL's swav_head, as its documentation describes it."""
+    layers, dims = [], [width, *settings.dims[1:]]
+    activation = {'relu': torch.nn.ReLU, 'gelu': torch.nn.GELU}.get(
+        settings.activation_name.lower()
+    )
+    for i in range(1, len(dims)):
+        layers.append(torch.nn.Linear(dims[i - 1], dims[i], bias=settings.use_bias))
+        if i == len(dims) - 1 and settings.skip_last_bn:
+            break
+        layers += [torch.nn.BatchNorm1d(dims[i])] if settings.use_bn else []
+        layers += [activation()] if activation else []
+    head = torch.nn.Module()
+    head.projection_head = torch.nn.Sequential(*layers)
+    for i, clusters in enumerate(settings.num_clusters):
+        linear = torch.nn.Linear(dims[-1], clusters, bias=False)
+        if settings.use_weight_norm_prototypes:
+            linear = torch.nn.utils.parametrizations.weight_norm(linear)
+        setattr(head, f'prototypes{i}', linear)
+    return head.double()
+
+
+@pytest.mark.parametrize('name', HEADS)
+@pytest.mark.parametrize('train', [False, True])
+def test_head_equals_torchs(name, train, tmp_path):
+    settings = model_config(
+        dict(depth=18, width_multiplier=0.125), dict(dims=(0, 24, 16), num_clusters=(7,))
+    )
+    settings.head.update(HEADS[name])
+    rng = np.random.default_rng(1)
+    reference = torch_head(settings.head, 64)
+    for tensor in reference.state_dict().values():
+        if tensor.dtype == torch.float64:
+            tensor.copy_(torch.from_numpy(rng.uniform(0.5, 1.5, tensor.shape)))
+    trunk = {'conv1.weight': torch.zeros(1, 1, 1, 1)}  # a trunk that the file fills
+    torch.save(reference.state_dict() | trunk, tmp_path / 'head.pth')
+    x = rng.standard_normal((12, 64))
+
+    reference.train(train)
+    with torch.no_grad():
+        z = reference.projection_head(torch.from_numpy(x))
+        z = torch.nn.functional.normalize(z) if settings.head.normalize_feats else z
+        heads = range(len(settings.head.num_clusters))
+        expected = [z, *(getattr(reference, f'prototypes{i}')(z) for i in heads)]
+
+    with jax.enable_x64(True):
+        net = models.build(settings, dtype=jnp.float64)
+        head = zeros(jax.eval_shape(lambda: net.head.init(jax.random.key(0), jnp.array(x), False)))
+        trunk = {'trunk': {'conv1': {'kernel': np.zeros((1, 1, 1, 1))}}}
+        params, stats = torch_weights.load_into(
+            trunk | {'head': head['params']},
+            {'head': head.get('batch_stats', {})},
+            tmp_path / 'head.pth',
+        )
+        variables = {'params': params['head'], 'batch_stats': stats.get('head', {})}
+        (embeddings, scores), new = net.head.apply(variables, x, train, mutable=['batch_stats'])
+        for ours, theirs in zip((embeddings, *scores), expected, strict=True):
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-10, atol=1e-12)
+        norms = [m for m in reference.projection_head if isinstance(m, torch.nn.BatchNorm1d)]
+        stats = sorted(new.get('batch_stats', {}).items())
+        for (_, stat), norm in zip(stats, norms, strict=True):
+            np.testing.assert_allclose(stat['mean'], norm.running_mean.numpy(), rtol=1e-10)
+            np.testing.assert_allclose(stat['var'], norm.running_var.numpy(), rtol=1e-10)
+
+
+def test_a_zero_embedding_has_length_zero_and_finite_gradient():
+    value, grad = jax.value_and_grad(lambda x: normalize(x).sum())(jnp.zeros((2, 3)))
+    assert value == 0
+    assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('trunk', [dict(depth=18), dict(name='regnet_y_400mf')])
+def test_half_precision_keeps_parameters_statistics_and_scores_in_float32(trunk, dtype):
+    net = models.build(model_config(trunk), dtype=dtype)
+    crops = [jax.ShapeDtypeStruct((4, s, s, 3), jnp.float32) for s in (64, 32)]
+    variables = shapes(net)
+
+    def forward(variables, crops):
+        return net.apply(variables, crops, True, mutable=['batch_stats'])
+
+    for leaf in jax.tree.leaves((variables, jax.eval_shape(forward, variables, crops))):
+        assert leaf.dtype == jnp.float32
+    convolutions = re.findall(
+        r':(\w+)\[\S* = conv_general_dilated', str(jax.make_jaxpr(forward)(variables, crops))
+    )
+    short = {jnp.float32: 'f32', jnp.bfloat16: 'bf16', jnp.float16: 'f16'}[dtype]
+    assert set(convolutions) == {short}
+
+
+def test_initial_weights_have_torchvisions_scale():
+    net = models.build(model_config(dict(depth=18, zero_init_residual=True)))
+    params = jax.jit(lambda: net.init(jax.random.key(0), [jnp.zeros((1, 32, 32, 3))], False))()
+    params = params['params']
+    block = params['trunk']['layer4_0']
+    for name, fan_out in (('conv1', 9 * 512), ('conv2', 9 * 512), ('downsample_0', 512)):
+        np.testing.assert_allclose(block[name]['kernel'].std(), (2 / fan_out) ** 0.5, rtol=0.01)
+    np.testing.assert_array_equal(block['bn2']['scale'], 0)
+    np.testing.assert_array_equal(block['bn1']['scale'], 1)
+    for leaf in jax.tree.leaves(params['head']['linear0']):
+        np.testing.assert_allclose(np.abs(leaf).max(), 512**-0.5, rtol=0.01)
+        np.testing.assert_allclose(leaf.std(), (3 * 512) ** -0.5, rtol=0.05)
