@@ -1,0 +1,319 @@
+"""Crops and distortions against PIL and torchvision, and their distributions."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from jax.sharding import PartitionSpec
+from PIL import Image, ImageFilter
+from torchvision.transforms import functional
+
+from swav_jax import augment
+from swav_jax.config import default
+
+LEVEL = 1 / 255
+
+
+def photo(height, width, channels=3, seed=0):
+    """A smooth picture with some noise, uint8: what a resampling error shows up on."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 16 + 2, width // 16 + 2, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
+    noisy = smooth + rng.normal(0, 10, smooth.shape)
+    return noisy.clip(0, 255).astype(np.uint8)[..., :channels]
+
+
+def to_torch(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def from_torch(image):
+    return image.permute(1, 2, 0).numpy()
+
+
+def assert_close(ours, theirs, mean, worst):
+    """Both in [0, 1]; the tolerances are gray levels."""
+    error = np.abs(np.asarray(ours, np.float64) - theirs) / LEVEL
+    assert error.mean() <= mean and error.max() <= worst, (error.mean(), error.max())
+
+
+@pytest.mark.parametrize('size', [224, 96])
+@pytest.mark.parametrize(
+    'box', [(0, 0, 375, 500), (37, 101, 250, 263), (300, 450, 60, 40), (10, 20, 41, 300)]
+)
+def test_cut_is_pils_crop_and_resize(box, size):
+    image = photo(375, 500)
+    canvas = np.zeros((512, 512, 3), np.uint8)
+    canvas[:375, :500] = image
+    y, x, height, width = box
+    expected = Image.fromarray(image).crop((x, y, x + width, y + height))
+    expected = np.asarray(expected.resize((size, size), Image.BILINEAR)) / 255
+    ours = augment.cut(jnp.array(canvas), jnp.array(box, jnp.float32), size)
+    assert_close(ours, expected, 0.1, 1.01)
+
+
+def test_cut_reads_only_the_box():
+    canvas = np.full((64, 64, 1), 255, np.uint8)
+    canvas[10:20, 30:40] = 51
+    ours = augment.cut(jnp.array(canvas), jnp.array([10.0, 30.0, 10.0, 10.0]), 28)
+    np.testing.assert_allclose(ours, 0.2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'box', [(0.0, 0.0, 0.3, 30.0), (3.4, 7.7, 0.9, 0.2), (63.5, 0.0, 0.5, 64.0)]
+)
+def test_cut_of_less_than_a_pixel_is_finite(box):
+    canvas = np.full((64, 64, 3), 51, np.uint8)
+    ours = augment.cut(jnp.array(canvas), jnp.array(box), 8)
+    np.testing.assert_allclose(ours, 0.2, atol=1e-6)
+
+
+def test_cut_of_a_fractional_box_moves_continuously():
+    canvas = jnp.array(photo(64, 64))
+    whole = np.asarray(augment.cut(canvas, jnp.array([8.0, 5.0, 30.0, 30.0]), 16))
+    for start in (7.99, 8.01):
+        ours = augment.cut(canvas, jnp.array([start, 5.0, 30.0, 30.0]), 16)
+        assert_close(ours, whole, 0.5, 2)
+
+
+@pytest.mark.parametrize('height, width', [(375, 500), (500, 375), (300, 300)])
+def test_center_crop_is_torchvisions(height, width):
+    image = photo(height, width)
+    resized = functional.resize(Image.fromarray(image), 128)
+    expected = np.asarray(functional.center_crop(resized, 112)) / 255
+    data = default().data
+    canvas = np.zeros((512, 512, 3), np.uint8)
+    canvas[:height, :width] = image
+    scale = min(height, width) / 128
+    top, left = round((resized.height - 112) / 2), round((resized.width - 112) / 2)
+    down, right = height / resized.height, width / resized.width
+    assert abs(down - scale) < 0.02
+    batch = {
+        'image': jnp.array(canvas)[None],
+        'boxes': jnp.array([[[top * down, left * right, 112 * down, 112 * right]]], jnp.float32),
+        'size': jnp.array([[height, width]]),
+    }
+    ours = augment.center_crop(batch, size=112, data=data)[0]
+    assert_close(ours * np.array(data.std) + np.array(data.mean), expected, 0.1, 1.01)
+
+
+FACTORS = [
+    (0.3, 1.7, 0.2, 0.2),
+    (1.8, 0.2, 1.8, -0.2),
+    (1.2, 1.3, 0.0, 0.07),
+    (0.2, 0.9, 1.1, -0.13),
+]
+
+
+@pytest.mark.parametrize('factors', FACTORS)
+def test_jitter_is_torchvisions_in_every_order(factors):
+    image = photo(96, 96, seed=3) / np.float32(255)
+    operations = [
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    ]
+    jitter = jax.jit(augment.jitter)
+    for order in itertools.permutations(range(4)):
+        expected = to_torch(image)
+        for operation in order:
+            expected = operations[operation](expected, factors[operation])
+        ours = jitter(jnp.array(image), jnp.array(order), jnp.array(factors, jnp.float32))
+        assert_close(ours, from_torch(expected), 0.1, 1)
+
+
+@pytest.mark.parametrize('factors', FACTORS)
+def test_jitter_is_pils_up_to_its_rounding(factors):
+    # PIL cuts off the fraction after each operation: half a level, on average, for each.
+    image = photo(96, 96, seed=4)
+    expected = Image.fromarray(image)
+    expected = functional.adjust_brightness(expected, factors[0])
+    expected = functional.adjust_contrast(expected, factors[1])
+    expected = functional.adjust_saturation(expected, factors[2])
+    ours = augment.jitter(
+        jnp.array(image / np.float32(255)), jnp.arange(3), jnp.array(factors, jnp.float32)
+    )
+    assert_close(ours, np.asarray(expected) / 255, 1.5, 4)
+
+
+def test_hue_of_gray_black_and_primaries():
+    colours = np.array(
+        [[0, 0, 0], [1, 1, 1], [0.5, 0.5, 0.5], [1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0]],
+        np.float32,
+    )[None]
+    for turn in (-0.5, -0.2, 0.0, 1 / 3, 0.5):
+        expected = from_torch(functional.adjust_hue(to_torch(colours), turn))
+        np.testing.assert_allclose(augment.turn_hue(jnp.array(colours), turn), expected, atol=1e-5)
+
+
+def test_one_channel_jitter_keeps_brightness_and_contrast():
+    image = photo(28, 28, channels=1) / np.float32(255)
+    ours = augment.jitter(jnp.array(image), jnp.array([1, 0]), jnp.array([0.6, 1.5, 0.1, 0.2]))
+    expected = functional.adjust_contrast(to_torch(image), 1.5)
+    expected = functional.adjust_brightness(expected, 0.6)
+    assert_close(ours, from_torch(expected), 0.1, 1)
+
+
+@pytest.mark.parametrize('size, sigma', [(96, 0.1), (96, 0.7), (96, 2.0), (16, 2.0)])
+def test_blur_is_torchvisions_gaussian_and_near_pils(size, sigma):
+    image = photo(size, size, seed=5)
+    pixels = image / np.float32(255)
+    ours = augment.blur(jnp.array(pixels), jnp.float32(sigma), max_sigma=2.0)
+    padded = np.pad(pixels, ((8, 8), (8, 8), (0, 0)), mode='edge')
+    expected = functional.gaussian_blur(to_torch(padded), 17, sigma)
+    assert_close(ours, from_torch(expected)[8:-8, 8:-8], 0.01, 0.05)
+    pil = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma))) / 255
+    assert_close(ours, pil, 1, 6)
+
+
+def test_no_blur_and_no_jitter_change_nothing():
+    image = jnp.array(photo(32, 32) / np.float32(255))
+    np.testing.assert_array_equal(augment.blur(image, jnp.float32(0), max_sigma=2.0), image)
+    same = augment.jitter(image, jnp.array([3, 1, 0, 2]), jnp.array([1.0, 1.0, 1.0, 0.0]))
+    np.testing.assert_allclose(same, image, atol=1e-6)
+
+
+def test_flip_and_gray():
+    image = photo(32, 32) / np.float32(255)
+    choice = augment.Distortion(
+        flip=jnp.array(True),
+        order=jnp.arange(4),
+        factors=jnp.array([1.0, 1.0, 1.0, 0.0]),
+        gray=jnp.array(True),
+        sigma=jnp.float32(0),
+    )
+    ours = augment.distort(jnp.array(image), choice, max_sigma=2.0)
+    expected = functional.rgb_to_grayscale(functional.hflip(to_torch(image)), 3)
+    assert_close(ours, from_torch(expected), 0.1, 1)
+
+
+def choices(count, channels=3, **settings):
+    config = default().augment
+    config.update(settings)
+    keys = jax.random.split(jax.random.key(7), count)
+    return jax.vmap(lambda key: augment.draw(key, config, channels))(keys)
+
+
+def test_draws_follow_torchvisions_distributions():
+    count = 20_000
+    drawn = jax.tree.map(np.asarray, choices(count))
+    jittered = drawn.factors[:, 0] != 1
+
+    def share(hits, p, trials=count):
+        assert scipy.stats.binomtest(int(hits.sum()), trials, p).pvalue > 1e-4
+
+    share(drawn.flip, 0.5)
+    share(jittered, 0.8)
+    share(drawn.gray, 0.2)
+    share(drawn.sigma > 0, 0.5)
+    uniform = scipy.stats.uniform
+    for column, low, high in ((0, 0.2, 1.8), (1, 0.2, 1.8), (2, 0.2, 1.8), (3, -0.2, 0.2)):
+        sample = drawn.factors[jittered, column]
+        assert scipy.stats.kstest(sample, uniform(low, high - low).cdf).pvalue > 1e-4
+    assert scipy.stats.kstest(drawn.sigma[drawn.sigma > 0], uniform(0.1, 1.9).cdf).pvalue > 1e-4
+    orders = np.unique(drawn.order, axis=0, return_counts=True)
+    assert len(orders[0]) == 24
+    assert scipy.stats.chisquare(orders[1]).pvalue > 1e-4
+    # What the choices have in common is nothing: no pair is correlated.
+    table = np.stack(
+        [drawn.flip, jittered, drawn.gray, drawn.sigma > 0, *drawn.factors.T, *drawn.order.T]
+    )
+    correlation = np.corrcoef(table[:, jittered & (drawn.sigma > 0)][[0, 2, 4, 5, 6, 7]])
+    assert np.abs(correlation - np.eye(len(correlation))).max() < 0.05
+
+
+def test_strength_above_one_is_cut_at_zero():
+    drawn = choices(2000, brightness=1.5, color_jitter_p=1.0)
+    assert 0 <= drawn.factors[:, 0].min() < 0.01 and 2.4 < drawn.factors[:, 0].max() <= 2.5
+
+
+def small_batch(rows=8, channels=3, canvas=40):
+    data = default().data
+    data.update(num_crops=(2, 3), size_crops=(24, 12), canvas_size=canvas, channels=channels)
+    data.update(mean=(0.4,) * channels, std=(0.2,) * channels)
+    data.crop_scales = ((0.2, 1.0), (0.05, 0.2))
+    rng = np.random.default_rng(0)
+    boxes = rng.uniform((0, 0, 8, 8), (20, 20, 20, 20), (rows, 5, 4))
+    batch = {
+        'image': np.stack([photo(canvas, canvas, channels, seed) for seed in range(rows)]),
+        'size': np.full((rows, 2), canvas, np.int32),
+        'boxes': boxes.astype(np.float32),
+        'epoch': np.full(rows, 3, np.int32),
+        'position': np.arange(10, 10 + rows, dtype=np.int32),
+    }
+    return batch, data
+
+
+def renderer(data, **kwargs):
+    config = default().augment
+    render = functools.partial(augment.multi_crop, seed=5, data=data, augment=config, **kwargs)
+    return jax.jit(render)
+
+
+@pytest.mark.parametrize('channels', [1, 3, 2])
+def test_multi_crop_shapes_and_order(channels):
+    batch, data = small_batch(channels=channels)
+    render = renderer(data)
+    large, small = render(batch)
+    assert large.shape == (16, 24, 24, channels) and small.shape == (24, 12, 12, channels)
+    # Rolled by three rows, the crops of an image are found at its new place in every crop's block.
+    rolled = render(jax.tree.map(lambda x: np.roll(x, 3, 0), batch))
+    for ours, before in zip(rolled, (large, small), strict=True):
+        blocks = before.reshape(-1, 8, *before.shape[1:])
+        np.testing.assert_allclose(ours.reshape(blocks.shape), np.roll(blocks, 3, 1), atol=1e-5)
+
+
+def test_multi_crop_draws_depend_on_seed_epoch_position_and_crop():
+    batch, data = small_batch()
+    batch['image'][:] = batch['image'][:1]
+    batch['boxes'][:] = batch['boxes'][:1, :1]
+    render = renderer(data)
+    large, _ = render(batch)
+    assert len({np.asarray(crop).tobytes() for crop in large}) == 16
+    again, _ = render(batch)
+    np.testing.assert_array_equal(large, again)
+    batch['epoch'] += 1
+    later, _ = render(batch)
+    assert (np.abs(later - large).max(axis=(1, 2, 3)) > 0.1).mean() > 0.9
+
+
+def test_multi_crop_without_distortions_is_cut():
+    batch, data = small_batch()
+    config = default().augment
+    config.update(dict.fromkeys(('flip_p', 'color_jitter_p', 'grayscale_p', 'blur_p'), 0.0))
+    render = functools.partial(augment.multi_crop, seed=0, data=data, augment=config)
+    large, _ = jax.jit(render)(batch)
+    expected = augment.cut(jnp.array(batch['image'][2]), jnp.array(batch['boxes'][2, 1]), 24)
+    np.testing.assert_allclose(large[8 + 2], (expected - 0.4) / 0.2, atol=1e-4)
+
+
+def test_multi_crop_in_bfloat16_rounds_once():
+    batch, data = small_batch()
+    exact = renderer(data)(batch)
+    for ours, theirs in zip(renderer(data, dtype=jnp.bfloat16)(batch), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours, theirs.astype(jnp.bfloat16), rtol=1e-2, atol=1e-2)
+
+
+def test_multi_crop_is_the_same_on_eight_devices():
+    batch, data = small_batch(rows=16)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('group', 'member'))
+    render = functools.partial(augment.multi_crop, seed=5, data=data, augment=default().augment)
+    rows = PartitionSpec(('group', 'member'))
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda batch: [x.reshape(-1, 2, *x.shape[1:]) for x in render(batch)],
+            mesh=mesh,
+            in_specs=rows,
+            out_specs=PartitionSpec(None, ('group', 'member')),
+            check_vma=True,
+        )
+    )(batch)
+    for ours, alone in zip(sharded, jax.jit(render)(batch), strict=True):
+        np.testing.assert_allclose(ours.reshape(alone.shape), alone, atol=1e-5)
