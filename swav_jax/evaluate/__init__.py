@@ -1,0 +1,1 @@
+"""What a network has learned: features, kNN, clusters, and pictures of them."""

@@ -1,0 +1,147 @@
+"""Weighted k-nearest-neighbour classification, as self-supervised learning reports it.
+
+Wu et al. 2018, arXiv 1805.01978, section 3.4: cosine similarity s, each of the k neighbours votes
+for its class with weight exp(s / temperature).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from swav_jax.errors import UserError
+
+# One block of similarities is at most this large: 256 MB.
+_TEST_ROWS = 8192
+_TRAIN_ROWS = 8192
+
+
+def accuracy(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    test_y: np.ndarray,
+    *,
+    k: int,
+    temperature: float,
+) -> float:
+    """Top-1 accuracy in percent; see `classify`.
+
+    Raises:
+      UserError: `k` is more than the number of training images.
+    """
+    num_classes = int(max(train_y.max(), test_y.max())) + 1
+    predicted = classify(
+        train_x, train_y, test_x, k=k, temperature=temperature, num_classes=num_classes
+    )
+    return float(100 * np.mean(predicted == test_y))
+
+
+def classify(
+    train_x: np.ndarray,
+    train_y: np.ndarray,
+    test_x: np.ndarray,
+    *,
+    k: int,
+    temperature: float,
+    num_classes: int,
+) -> np.ndarray:
+    """The classes (M,) that images `train_x` (N, F) of classes `train_y` vote for `test_x` (M, F).
+
+    Of equal votes the class with the lowest number wins.
+
+    Raises:
+      UserError: `k` is more than N.
+    """
+    similarity, index = neighbors(train_x, test_x, k=k)
+    return vote(similarity, train_y[index], temperature=temperature, num_classes=num_classes)
+
+
+def neighbors(train_x: np.ndarray, test_x: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` rows of `train_x` (N, F) that are nearest to each row of `test_x` (M, F).
+
+    Both are taken in blocks, so that memory stays bounded; the test rows are spread over the
+    devices of this process.
+
+    Returns:
+      Cosine similarities (M, k), largest first, and rows of `train_x` (M, k). A row of zeros has
+      the similarity 0 to all.
+
+    Raises:
+      UserError: `k` is more than N.
+    """
+    if not 1 <= k <= len(train_x):
+        raise UserError(
+            f'config.evaluate.k={k} neighbours cannot be found among {len(train_x)} labelled '
+            f'images: use 1 to {len(train_x)}'
+        )
+    mesh = Mesh(np.array(jax.local_devices()), ('row',))
+    found = [_block_neighbors(train_x, rows, k, mesh) for rows in _blocks(test_x, _TEST_ROWS)]
+    similarity, index = zip(*found, strict=True)
+    return np.concatenate(similarity), np.concatenate(index)
+
+
+@functools.partial(jax.jit, static_argnames=('num_classes',))
+def _vote(similarity, labels, temperature, num_classes):
+    # Relative to the nearest one, since exp(1 / temperature) may be more than float32 holds.
+    weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
+    row = jnp.arange(len(labels))[:, None]
+    return jnp.zeros((len(labels), num_classes)).at[row, labels].add(weight).argmax(1)
+
+
+def vote(
+    similarity: np.ndarray, labels: np.ndarray, *, temperature: float, num_classes: int
+) -> np.ndarray:
+    """The class (M,) with the most weight among neighbours of given similarity and label (M, k)."""
+    return np.asarray(_vote(similarity, labels, temperature, num_classes))
+
+
+def _block_neighbors(train_x, test_x, k, mesh):
+    rows = len(test_x)
+    filling = -rows % mesh.size
+    test_x = np.concatenate([test_x, np.zeros((filling, test_x.shape[1]), test_x.dtype)])
+    spread = NamedSharding(mesh, P('row'))
+    test = jax.device_put(np.asarray(test_x, np.float32), spread)
+    best = (jnp.full((len(test), k), -jnp.inf), jnp.zeros((len(test), k), jnp.int32))
+    best = jax.device_put(best, spread)
+    merge = _make_merge(mesh)
+    for number, train in enumerate(_blocks(train_x, _TRAIN_ROWS)):
+        count = len(train)
+        if number and count < _TRAIN_ROWS:  # all blocks but a sole one have one shape
+            train = np.concatenate([train, np.zeros((_TRAIN_ROWS - count, train.shape[1]))])
+        best = merge(test, np.asarray(train, np.float32), best, number * _TRAIN_ROWS, count)
+    return jax.tree.map(lambda x: np.asarray(x)[:rows], best)
+
+
+@functools.cache
+def _make_merge(mesh: Mesh):
+    """Compile what keeps, of the best so far and a block of training rows, the best."""
+
+    def merge(test, train, best, offset, count):
+        similarity = jnp.matmul(_unit(test), _unit(train).T, precision=jax.lax.Precision.HIGHEST)
+        column = jnp.arange(len(train))
+        similarity = jnp.where(column < count, similarity, -jnp.inf)
+        k = best[0].shape[1]
+        new, place = jax.lax.top_k(similarity, min(k, len(train)))
+        value = jnp.concatenate([best[0], new], 1)
+        index = jnp.concatenate([best[1], (place + offset).astype(jnp.int32)], 1)
+        value, place = jax.lax.top_k(value, k)
+        return value, jnp.take_along_axis(index, place, 1)
+
+    rows = P('row')
+    return jax.jit(
+        jax.shard_map(
+            merge, mesh=mesh, in_specs=(rows, P(), (rows, rows), P(), P()), out_specs=(rows, rows)
+        )
+    )
+
+
+def _unit(x):
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def _blocks(x: np.ndarray, rows: int):
+    return (x[start : start + rows] for start in range(0, len(x), rows))
