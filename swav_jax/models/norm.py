@@ -47,23 +47,23 @@ class BatchNorm(nn.Module):
         running_mean = self.variable('batch_stats', 'mean', jnp.zeros, features, param_dtype)
         running_var = self.variable('batch_stats', 'var', jnp.ones, features, param_dtype)
 
-        x = x.astype(stats_dtype)
-        mean, var = running_mean.value, running_var.value
+        # All is relative to the running mean. Any shift gives the same moments; one near the mean
+        # keeps the digits of a variance much smaller than the mean's square.
+        x = x.astype(stats_dtype) - lax.stop_gradient(running_mean.value).astype(stats_dtype)
+        mean, var = 0.0, running_var.value.astype(stats_dtype)
         if train:
-            # Every shift gives the same moments; one near the mean keeps their digits.
-            shift = lax.stop_gradient(running_mean.value).astype(stats_dtype)
-            moments, count = self._moments(x - shift)
+            moments, count = self._moments(x)
             if not self.is_initializing():
                 batch_mean, batch_var = lax.stop_gradient(self._replicated(moments))
                 unbiased = batch_var * (count / max(count - 1, 1))
-                running_mean.value += self.momentum * batch_mean  # it is relative to the old mean
+                running_mean.value += self.momentum * batch_mean
                 running_var.value += self.momentum * (unbiased - running_var.value)
             if self.axis_names:
                 # Cast before they part, so that the cotangents of both come back in one psum.
                 moments = lax.pcast(moments, self.axis_names, to='varying')
-            mean, var = moments[0] + shift, moments[1]
+            mean, var = moments
 
-        gain = scale.astype(stats_dtype) * lax.rsqrt(var.astype(stats_dtype) + self.epsilon)
+        gain = scale.astype(stats_dtype) * lax.rsqrt(var + self.epsilon)
         return ((x - mean) * gain + bias.astype(stats_dtype)).astype(self.dtype)
 
     def _moments(self, x: jax.Array) -> tuple[jax.Array, int]:
