@@ -10,6 +10,7 @@ Everything is written for one crop and vmapped. All random numbers of an image c
 epoch, position in the epoch), so an image looks the same on any number of devices.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -60,26 +61,25 @@ def multi_crop(
       For each group g: (num_crops[g]·B, size, size, channels), crop-major: the first crop of all
       images, then the second.
     """
+    crops = jnp.arange(sum(data.num_crops))
 
-    def render(image, boxes, key, *, first, size):
-        crops = first + jnp.arange(boxes.shape[0])
+    def choose(epoch, position):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), position)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, crops)
-        return jax.vmap(lambda box, key: _render(image, box, size, key, augment))(boxes, keys)
+        return jax.vmap(lambda key: draw(key, augment, batch['image'].shape[-1]))(keys)
 
-    keys = jax.vmap(_image_key, (None, 0, 0))(
-        jax.random.key(seed), batch['epoch'], batch['position']
-    )
+    def render(image, box, choice, size):
+        return distort(cut(image, box, size), choice, max_sigma=augment.blur_radius_max)
+
+    choices = jax.vmap(choose)(batch['epoch'], batch['position'])  # (B, V)
     groups, first = [], 0
     for count, size in zip(data.num_crops, data.size_crops, strict=True):
-        boxes = batch['boxes'][:, first : first + count]
-        crops = jax.vmap(
-            lambda image, boxes, key, first=first, size=size: render(
-                image, boxes, key, first=first, size=size
-            ),
-            out_axes=1,
-        )(batch['image'], boxes, keys)
-        crops = crops.reshape(-1, *crops.shape[2:])
-        groups.append(normalize(crops, data).astype(dtype))
+        mine = slice(first, first + count)
+        boxes, chosen = jax.tree.map(lambda x, mine=mine: x[:, mine], (batch['boxes'], choices))
+        of_image = jax.vmap(functools.partial(render, size=size), (None, 0, 0))
+        rendered = jax.vmap(of_image, out_axes=1)(batch['image'], boxes, chosen)
+        rendered = normalize(rendered.reshape(-1, *rendered.shape[2:]), data)
+        groups.append(rendered.astype(dtype))
         first += count
     return groups
 
@@ -96,24 +96,14 @@ def center_crop(
     return normalize(jax.vmap(render)(batch['image'], batch['boxes'][:, 0], batch['size']), data)
 
 
-def _image_key(key, epoch, position):
-    return jax.random.fold_in(jax.random.fold_in(key, epoch), position)
-
-
-def _render(image, box, size, key, augment):
-    choice = draw(key, augment, image.shape[-1])
-    crop = cut(image, box, size)
-    return distort(crop, choice, max_sigma=augment.blur_radius_max)
-
-
 def draw(key: Array, augment: ConfigDict, channels: int) -> Distortion:
     """The random choices for one crop, from torchvision's distributions."""
-    u = jax.random.uniform(key, (9 + 4,))
-    strengths = jnp.array([augment.brightness, augment.contrast, augment.saturation])
+    u = jax.random.uniform(key, (9 + 4,), jnp.float32)
+    strengths = jnp.float32([augment.brightness, augment.contrast, augment.saturation])
     low = jnp.maximum(1 - strengths, 0)
     scales = low + (1 + strengths - low) * u[:3]
     factors = jnp.append(scales, augment.hue * (2 * u[3] - 1))
-    none = jnp.array([1.0, 1.0, 1.0, 0.0])
+    none = jnp.float32([1, 1, 1, 0])
     operations = 4 if channels == 3 else 2
     low, high = augment.blur_radius_min, augment.blur_radius_max
     return Distortion(
@@ -140,7 +130,7 @@ def normalize(
     images: Float[Array, '*batch channels'], data: ConfigDict
 ) -> Float[Array, '*batch channels']:
     """Subtracts `data.mean` and divides by `data.std`, one number a channel."""
-    return (images - jnp.array(data.mean)) / jnp.array(data.std)
+    return (images - jnp.float32(data.mean)) / jnp.float32(data.std)
 
 
 # Crop and resize.
@@ -197,7 +187,7 @@ def resize_weights(start, extent, first, count, pixels: int, size: int) -> Float
 def luma(image: Float[Array, 'size size channels']) -> Float[Array, 'size size 1']:
     """The gray image of an RGB one; with other channels, their mean."""
     if image.shape[-1] == 3:
-        return (image * jnp.array(LUMA)).sum(-1, keepdims=True)
+        return (image * jnp.float32(LUMA)).sum(-1, keepdims=True)
     return image.mean(-1, keepdims=True)
 
 
@@ -237,7 +227,7 @@ def turn_hue(image: Float[Array, 'height width 3'], turn) -> Float[Array, 'heigh
         jnp.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
     # Each channel is value - chroma times a trapezoid of the hue; 5, 3 and 1 place the three.
-    k = (sector + 6 * turn + jnp.array([5.0, 3.0, 1.0])) % 6
+    k = (sector + 6 * turn + jnp.float32([5, 3, 1])) % 6
     return value - chroma * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
 
 
