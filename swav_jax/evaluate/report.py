@@ -142,8 +142,8 @@ def thumbnail(source: Source, index: int, size: int = THUMBNAIL) -> np.ndarray:
     image = image.convert('RGB')
     side = min(image.size)
     left, upper = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, upper, left + side, upper + side)
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
+    square = image.crop((left, upper, left + side, upper + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _draw_strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int) -> None:
