@@ -13,6 +13,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -24,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
+from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
@@ -115,7 +116,9 @@ class Checkpoints:
                 raise
             except Exception as error:  # a damaged file fails in as many ways as it has bytes
                 reason = str(error).strip().partition('\n')[0][:120]
-                logging.warning('checkpoint %s is damaged, skipped: %s', self._path(step), reason)
+                absl_logging.warning(
+                    'checkpoint %s is damaged, skipped: %s', self._path(step), reason
+                )
                 self._damaged.append(step)
         if steps:
             raise UserError(
@@ -228,12 +231,10 @@ def _quiet_orbax() -> None:
     Of one failed read or write orbax logs several traces of a page each, and the coroutines that it
     drops print more of them to stderr, at any time later.
     """
-    logging.get_absl_logger().addFilter(
+    absl_logging.get_absl_logger().addFilter(
         lambda record: 'orbax' not in record.pathname or record.levelname != 'ERROR'
     )
-    logging.standard_logging.getLogger('asyncio').addFilter(
-        lambda record: 'orbax' not in record.getMessage()
-    )
+    logging.getLogger('asyncio').addFilter(lambda record: 'orbax' not in record.getMessage())
     hook = sys.unraisablehook
 
     def all_but_abandoned_coroutines(unraisable: Any) -> None:
