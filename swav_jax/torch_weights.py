@@ -5,6 +5,7 @@ of axes. Reading finds the layout by the names in the file. Nothing that is read
 tensors and plain data are unpickled.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -142,7 +143,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         else:
             content = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
-        if 'weights_only' in str(error):
+        if 'Unsupported global' in str(error):
             raise UserError(
                 f'{path} holds Python objects, whose unpickling can run code, so nothing of it was '
                 'loaded: save its tensors alone, torch.save(model.state_dict(), …)'
@@ -187,7 +188,8 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
         reason = str(error).partition('\n')[0]
         raise UserError(f'{path} cannot be written ({reason}): give another --out') from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # Names. Inner ones carry no wrapper: the trunk's own, projection_head.N.… and prototypesN.….

@@ -117,9 +117,10 @@ def test_groups_on_a_mesh_equal_torch_on_each_groups_images(sync):
     assert_equal(ours, theirs)
 
 
-def test_one_all_reduce_forward_and_one_backward():
-    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), MESH_AXES)
-    norm = BatchNorm(axis_names=MESH_AXES, mesh_axes=MESH_AXES)
+@pytest.mark.parametrize(('shape', 'sync'), [((2, 4), MESH_AXES), ((1, 8), ('member',))])
+def test_one_all_reduce_forward_and_one_backward(shape, sync):
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), MESH_AXES)
+    norm = BatchNorm(axis_names=sync, mesh_axes=MESH_AXES)
     values = jax.tree.map(np.float32, variables(6))
     x = np.ones((16, 3, 3, 6), np.float32)
 

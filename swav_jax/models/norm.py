@@ -52,32 +52,41 @@ class BatchNorm(nn.Module):
         x = x.astype(stats_dtype) - lax.stop_gradient(running_mean.value).astype(stats_dtype)
         mean, var = 0.0, running_var.value.astype(stats_dtype)
         if train:
-            moments, count = self._moments(x)
+            # Initialisation wants shapes only, and happens outside of the mesh.
+            shared, groups = ((), ()) if self.is_initializing() else self._axes()
+            moments, count = _moments(x, shared)
             if not self.is_initializing():
-                batch_mean, batch_var = lax.stop_gradient(self._replicated(moments))
+                replicated = lax.pmean(moments, groups) if groups else moments
+                batch_mean, batch_var = lax.stop_gradient(replicated)
                 unbiased = batch_var * (count / max(count - 1, 1))
                 running_mean.value += self.momentum * batch_mean
                 running_var.value += self.momentum * (unbiased - running_var.value)
-            if self.axis_names:
+            if shared:
                 # Cast before they part, so that the cotangents of both come back in one psum.
-                moments = lax.pcast(moments, self.axis_names, to='varying')
+                moments = lax.pcast(moments, shared, to='varying')
             mean, var = moments
 
         gain = scale.astype(stats_dtype) * lax.rsqrt(var + self.epsilon)
         return ((x - mean) * gain + bias.astype(stats_dtype)).astype(self.dtype)
 
-    def _moments(self, x: jax.Array) -> tuple[jax.Array, int]:
-        """Mean and biased variance, stacked (2, C), and how many values each is taken over."""
-        axes = tuple(range(x.ndim - 1))
-        count = x.size // x.shape[-1]
-        sums = jnp.stack([x.sum(axes), jnp.square(x).sum(axes)])
-        if self.axis_names:
-            sums = lax.psum(sums, self.axis_names)
-            count *= lax.axis_size(self.axis_names)
-        mean, mean_of_squares = sums / count
-        return jnp.stack([mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0)]), count
+    def _axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Mesh axes that share statistics, and those along which groups differ.
 
-    def _replicated(self, moments: jax.Array) -> jax.Array:
-        """The average over the groups that did not share their statistics."""
-        groups = tuple(name for name in self.mesh_axes if name not in self.axis_names)
-        return lax.pmean(moments, groups) if groups else moments
+        An axis of one device counts as shared: it then takes no all-reduce of its own to tell
+        `shard_map` that nothing differs along it.
+        """
+        others = [name for name in self.mesh_axes if name not in self.axis_names]
+        alone = tuple(name for name in others if lax.axis_size(name) == 1)
+        return self.axis_names + alone, tuple(name for name in others if name not in alone)
+
+
+def _moments(x: jax.Array, axis_names: tuple[str, ...]) -> tuple[jax.Array, int]:
+    """Mean and biased variance, stacked (2, C), and how many values each is taken over."""
+    axes = tuple(range(x.ndim - 1))
+    count = x.size // x.shape[-1]
+    sums = jnp.stack([x.sum(axes), jnp.square(x).sum(axes)])
+    if axis_names:
+        sums = lax.psum(sums, axis_names)
+        count *= lax.axis_size(axis_names)
+    mean, mean_of_squares = sums / count
+    return jnp.stack([mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0)]), count

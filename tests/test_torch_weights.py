@@ -1,0 +1,288 @@
+"""Weights in and out of PyTorch: torchvision's models, all layouts, and files that are bad."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_models
+from test_models import TRUNKS, model_config, shapes, zeros
+
+from swav_jax import models, torch_weights
+from swav_jax.errors import UserError
+
+SMALL = dict(depth=18, width_multiplier=0.125)
+FAMILIES = {
+    'resnet': SMALL,
+    'bottleneck': dict(depth=50, width_multiplier=0.125),
+    'resnext': dict(depth=50, width_multiplier=0.5, groups=8, width_per_group=4),
+    'small stem': SMALL | dict(stem='small'),
+    'regnet_x': dict(name='regnet', depth=5, w_0=8, w_a=8, w_m=2.0, group_width=8, se_ratio=0.0),
+    'regnet_y': dict(name='regnet', depth=5, w_0=8, w_a=8, w_m=2.0, group_width=8),
+}
+HEADS = {
+    'as VISSL has it': dict(),
+    'three layers': dict(dims=(0, 20, 24, 16)),
+    'one layer': dict(dims=(0, 16)),
+    'no norm, no bias': dict(use_bn=False, use_bias=False),
+    'norm at the end': dict(skip_last_bn=False),
+    'no activation': dict(activation_name='none'),
+    'two heads': dict(num_clusters=(7, 9)),
+    'weight norm': dict(use_weight_norm_prototypes=True),
+}
+SMALL_HEAD = dict(dims=(0, 24, 16), num_clusters=(7,))
+
+
+def random_variables(settings, seed=0):
+    """Variables with random float32 values everywhere, running statistics included."""
+    leaves, tree = jax.tree.flatten(shapes(models.build(settings)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(tree, [rng.random(leaf.shape, np.float32) for leaf in leaves])
+
+
+def to_torch(variables, layout, **options):
+    return torch_weights.to_torch(variables['params'], variables['batch_stats'], layout, **options)
+
+
+def load(variables, path, **options):
+    params, batch_stats = torch_weights.load_into(
+        variables['params'], variables['batch_stats'], path, **options
+    )
+    return {'params': params, 'batch_stats': batch_stats}
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'name',
+    [
+        'resnet18',
+        'resnet50',
+        'resnet50w2',
+        'resnext50_32x4d',
+        'regnet_x_400mf',
+        'regnet_y_400mf',
+        'regnet_y_16gf',
+    ],
+)
+def test_an_export_gives_torchvisions_model_our_features(name, tmp_path):
+    plain, _, multiplier = name.partition('w')
+    multiplier = int(multiplier or 1)
+    reference = torch_models.trunk(plain, multiplier)
+    torch_models.fill(reference)
+    torch.save(reference.state_dict(), tmp_path / 'trunk.pth')
+
+    settings = model_config(TRUNKS[plain] | ({'width_multiplier': 2.0} if multiplier == 2 else {}))
+    net = models.build(settings)
+    variables = load(zeros(shapes(net)), tmp_path / 'trunk.pth')
+    torch_weights.write(tmp_path / 'export.pth', to_torch(variables, 'torchvision'))
+    torch_models.fill(reference, seed=1)  # so that nothing of what we loaded is left
+    reference.load_state_dict(torch.load(tmp_path / 'export.pth', weights_only=True), strict=True)
+
+    images = np.random.default_rng(1).standard_normal((2, 64, 64, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = reference(torch.from_numpy(np.moveaxis(images, -1, 1))).numpy()
+    ours = jax.jit(lambda v, x: net.apply(v, x, method='features'))(variables, images)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize('file_format', torch_weights.FORMATS)
+@pytest.mark.parametrize('layout', torch_weights.LAYOUTS)
+@pytest.mark.parametrize('family', FAMILIES)
+def test_round_trip_is_bit_exact(family, layout, file_format, tmp_path, capsys):
+    settings = model_config(FAMILIES[family], SMALL_HEAD)
+    variables = random_variables(settings)
+    path = tmp_path / f'weights.{file_format}'
+    torch_weights.write(path, to_torch(variables, layout), file_format)
+    loaded = load(zeros(variables), path)
+    if layout == 'torchvision':  # it has no head
+        loaded = {kind: {'trunk': tree['trunk']} for kind, tree in loaded.items()}
+        variables = {kind: {'trunk': tree['trunk']} for kind, tree in variables.items()}
+    else:
+        assert 'head: 9 of 9 tensors loaded' in capsys.readouterr().out
+    assert_same(loaded, variables)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize('layout', ['vissl', 'swav'])
+@pytest.mark.parametrize('head', HEADS)
+def test_round_trip_of_heads_is_bit_exact(head, layout, tmp_path):
+    settings = model_config(SMALL, SMALL_HEAD | HEADS[head])
+    variables = random_variables(settings)
+    activation = settings.head.activation_name != 'none'
+    torch_weights.write(tmp_path / 'a.pth', to_torch(variables, layout, activation=activation))
+    assert_same(load(zeros(variables), tmp_path / 'a.pth'), variables)
+
+
+def test_vissl_layout_has_vissls_nesting_and_names(tmp_path):
+    variables = random_variables(model_config(FAMILIES['regnet_y'], SMALL_HEAD))
+    torch_weights.write(tmp_path / 'a.pth', to_torch(variables, 'vissl'))
+    model = torch.load(tmp_path / 'a.pth', weights_only=True)
+    model = model['classy_state_dict']['base_model']['model']
+    assert set(model) == {'trunk', 'heads'}
+    assert set(model['heads']) == {
+        *(f'0.projection_head.{i}.{leaf}' for i in (0, 1, 3) for leaf in ('weight', 'bias')),
+        *(f'0.projection_head.1.{s}' for s in ('running_mean', 'running_var')),
+        '0.projection_head.1.num_batches_tracked',
+        '0.prototypes0.weight',
+    }
+    # ClassyVision's RegNet, as VISSL renames its stages.
+    block = '_feature_blocks.res2.block1-0.'
+    weights = {name.removeprefix(block) for name in model['trunk'] if name.startswith(block)}
+    assert {name for name in weights if name.endswith('weight')} == {
+        *('proj.weight', 'bn.weight', 'f.a.0.weight', 'f.a.1.weight', 'f.b.0.weight'),
+        *('f.b.1.weight', 'f.se.excitation.0.weight', 'f.se.excitation.2.weight'),
+        *('f.c.weight', 'f.final_bn.weight'),
+    }
+    assert {'_feature_blocks.conv1.stem.0.weight', '_feature_blocks.conv1.stem.1.running_var'} <= (
+        set(model['trunk'])
+    )
+
+
+def test_swav_layout_has_the_official_names():
+    variables = random_variables(model_config(SMALL, SMALL_HEAD))
+    names = set(to_torch(variables, 'swav'))
+    assert {'module.conv1.weight', 'module.layer2.0.downsample.1.running_mean'} <= names
+    assert {'module.projection_head.3.bias', 'module.prototypes.weight'} <= names
+    variables = random_variables(model_config(SMALL, SMALL_HEAD | HEADS['two heads']))
+    assert 'module.prototypes.prototypes1.weight' in to_torch(variables, 'swav')
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda state: {'state_dict': state, 'optimizer': {'state': {0: torch.ones(3)}}, 'epoch': 7},
+        lambda state: {'model': {f'module.{name}': tensor for name, tensor in state.items()}},
+        lambda state: {name: tensor.double() for name, tensor in state.items()},
+        lambda state: state | {'fc.weight': torch.ones(1000, 64), 'fc.bias': torch.ones(1000)},
+        lambda state: {f'trunk._feature_blocks.{name}': tensor for name, tensor in state.items()},
+        lambda state: {f'_feature_blocks.{name}': tensor for name, tensor in state.items()},
+    ],
+)
+def test_checkpoints_as_they_are_found(wrap, tmp_path):
+    variables = random_variables(model_config(SMALL))
+    state = to_torch(variables, 'torchvision')
+    state = {name: torch.from_numpy(value) for name, value in state.items()}
+    torch.save(wrap(state), tmp_path / 'a.pth')
+    loaded = load(zeros(variables), tmp_path / 'a.pth')
+    assert_same(loaded['params']['trunk'], variables['params']['trunk'])
+    assert_same(loaded['batch_stats']['trunk'], variables['batch_stats']['trunk'])
+
+
+def test_half_precision_weights_become_float32(tmp_path):
+    variables = random_variables(model_config(SMALL))
+    state = to_torch(variables, 'torchvision')
+    state = {name: torch.from_numpy(value).bfloat16() for name, value in state.items()}
+    torch.save(state, tmp_path / 'a.pth')
+    loaded = load(zeros(variables), tmp_path / 'a.pth')
+    ours, theirs = loaded['params']['trunk'], variables['params']['trunk']
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, jnp.bfloat16(b).astype(np.float32))
+
+
+def test_coverage_is_printed_and_the_classifier_is_left_out_by_name(tmp_path, capsys):
+    variables = random_variables(model_config(SMALL, SMALL_HEAD))
+    state = to_torch(variables, 'torchvision') | {'fc.bias': np.ones(10, np.float32)}
+    torch_weights.write(tmp_path / 'a.pth', state)
+    loaded = load(zeros(variables), tmp_path / 'a.pth')
+    out = capsys.readouterr().out
+    assert 'trunk: 100 of 100 tensors loaded\n' in out
+    assert 'head: 0 of 9 tensors loaded; 9 keep the values they had' in out
+    assert 'missing: prototypes0.weight' in out
+    assert 'left out, no part of this model: fc.bias' in out
+    assert not any(leaf.any() for leaf in jax.tree.leaves(loaded['params']['head']))
+
+
+@pytest.mark.parametrize(
+    ('saved', 'message'),
+    [
+        (
+            dict(depth=50, width_multiplier=0.125),
+            'fills 77 of its 100 tensors.*165 unexpected.*23 misshapen',
+        ),
+        (dict(depth=34, width_multiplier=0.125), r'fills 100 of its 100 tensors \(.*unexpected'),
+        (dict(depth=18, width_multiplier=0.25), 'conv1.weight .16, 3, 7, 7. instead of .8, 3'),
+        (dict(name='regnet_y_400mf'), 'fills 0 of its 100 tensors'),
+    ],
+)
+def test_weights_of_another_trunk_are_refused(saved, message, tmp_path):
+    state = to_torch(random_variables(model_config(saved)), 'torchvision')
+    torch_weights.write(tmp_path / 'a.pth', state)
+    with pytest.raises(UserError, match=message) as error:
+        load(random_variables(model_config(SMALL)), tmp_path / 'a.pth')
+    assert '\n' not in str(error.value)
+
+
+def test_a_partial_load_keeps_what_the_file_does_not_have(tmp_path):
+    variables = random_variables(model_config(SMALL))
+    state = to_torch(random_variables(model_config(SMALL), seed=1), 'torchvision')
+    del state['conv1.weight']
+    torch_weights.write(tmp_path / 'a.pth', state)
+    with pytest.raises(UserError, match=r'fills 99 of its 100 tensors \(1 missing: conv1.weight\)'):
+        load(variables, tmp_path / 'a.pth')
+    loaded = load(variables, tmp_path / 'a.pth', allow_partial=True)['params']['trunk']
+    kept, replaced = variables['params']['trunk'], loaded['layer1_0']['conv1']['kernel']
+    np.testing.assert_array_equal(loaded['conv1']['kernel'], kept['conv1']['kernel'])
+    assert (replaced != kept['layer1_0']['conv1']['kernel']).any()
+    torch_weights.write(tmp_path / 'b.pth', {'other': np.ones(3, np.float32)})
+    with pytest.raises(UserError, match='fills 0 of its 100 tensors'):
+        load(variables, tmp_path / 'b.pth', allow_partial=True)
+
+
+class RunsCode:
+    def __reduce__(self):
+        return print, ('code of the file ran',)
+
+
+def test_bad_files_are_one_clear_line(tmp_path, capsys):
+    good = tmp_path / 'good.pth'
+    torch.save({'conv1.weight': torch.ones(64, 3, 7, 7)}, good)
+    (tmp_path / 'truncated.pth').write_bytes(good.read_bytes()[:-2000])
+    (tmp_path / 'empty file.pth').touch()
+    (tmp_path / 'text.pth').write_text('<!DOCTYPE html>')
+    (tmp_path / 'text.safetensors').write_text('<!DOCTYPE html>')
+    torch.save({'conv1.weight': RunsCode()}, tmp_path / 'code.pth')
+    torch.save({}, tmp_path / 'empty.pth')
+    torch.save({'epoch': 3, 'names': ['a']}, tmp_path / 'no tensors.pth')
+    for name, message in {
+        'missing.pth': 'is not a file',
+        'truncated.pth': 'is damaged or not of PyTorch',
+        'empty file.pth': 'is damaged or not of PyTorch',
+        'text.pth': 'is damaged or not of PyTorch',
+        'text.safetensors': 'is damaged or not of PyTorch',
+        'code.pth': 'holds Python objects, whose unpickling can run code',
+        'empty.pth': 'holds no tensors',
+        'no tensors.pth': 'holds no tensors',
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            torch_weights.read(tmp_path / name)
+        assert '\n' not in str(error.value)
+    assert capsys.readouterr().out == ''
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(UserError, match='cannot be written'):
+        torch_weights.write(tmp_path / 'file' / 'a.pth', {'a': np.ones(3, np.float32)})
+    (tmp_path / 'taken.pth').mkdir()
+    with pytest.raises(UserError, match='cannot be written'):
+        torch_weights.write(tmp_path / 'taken.pth', {'a': np.ones(3, np.float32)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'taken.pth']
+    with pytest.raises(UserError, match="format is 'onnx': choose one of pth, safetensors"):
+        torch_weights.write(tmp_path / 'a', {}, 'onnx')
+    with pytest.raises(UserError, match="layout is 'timm': choose one of torchvision, vissl, swav"):
+        torch_weights.to_torch({}, {}, 'timm')
+
+
+def test_import_does_not_import_torch():
+    code = 'import sys, swav_jax.torch_weights; assert "torch" not in sys.modules'
+    subprocess.run([sys.executable, '-c', code], check=True)
