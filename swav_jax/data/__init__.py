@@ -2,5 +2,7 @@
 
 import os
 
-# TensorFlow reads it as it is imported; at its default it greets the user with pages of plug-ins.
+# TensorFlow only decodes and resizes here, which oneDNN does not do; with it, the first thing that
+# a user reads is a page about rounding.
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
