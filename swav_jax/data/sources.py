@@ -1,196 +1,117 @@
-"""What images there are: a source gives every image a number, a name, its bytes and its label.
+"""Which images there are: one string, `config.data.source`, names them.
 
-A source is named by one string, `config.data.source`:
-
-    demo, demo:test      the embedded subset of Fashion-MNIST: 10,000 and 2,000 images of 28×28
-    folder:/path         class folders, numbered as torchvision's ImageFolder numbers them, or a
+demo, demo:test          the embedded subset of Fashion-MNIST: 10,000 and 2,000 images
+folder:/path             class folders, numbered as torchvision's ImageFolder numbers them, or a
                          flat folder of images
-
-Nothing here decodes an image or imports TensorFlow; `pipeline` does both.
+filelist:/list.txt       one path a line, or a path and its label; or VISSL's .npy of paths.
+                         After a ?, joined by &: labels=/labels.npy,
+                         remove_img_path_prefix=/old/, new_img_path_prefix=/new/
+webdataset:/d/{000..123}.tar   tar shards of images, each with its label in a .cls file
+tfds:name[:split]        a prepared TensorFlow dataset; ?data_dir=/path says where
+torchvision:NAME:/path[:split]   the files of CIFAR10, STL10, SVHN, MNIST or FashionMNIST
+synthetic[:COUNTxSIDE]   generated images in ten classes (default 1024x64)
 """
 
-import abc
-import os
-from collections.abc import Callable, Sequence
+import re
 from pathlib import Path
 
 import numpy as np
 
+from swav_jax.data import archives, folders, torchvision_files
+from swav_jax.data.images import ArraySource, Source
 from swav_jax.errors import UserError
 
-EXTENSIONS = (
-    '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.ppm', '.pgm', '.tif', '.tiff',
-)  # fmt: skip
-
 DEMO_FILE = Path(__file__).parent / 'fashion_mnist' / 'fashion_mnist.npz'
-DEMO_CLASSES = (
-    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',
-    'Ankle boot',
-)  # fmt: skip
-
-
-class Source(abc.ABC):
-    """Images by number, 0 … len - 1.
-
-    Attributes:
-      labels: int32 (len,), or None where nothing is known about the images.
-      class_names: the name of each label, or None.
-    """
-
-    def __init__(self, labels: np.ndarray | None, class_names: Sequence[str] | None):
-        self.labels = None if labels is None else np.asarray(labels, np.int32)
-        self.class_names = None if class_names is None else list(class_names)
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """How many images there are."""
-
-    @abc.abstractmethod
-    def name(self, index: int) -> str:
-        """The path of an image, or another text that finds it again."""
-
-    @abc.abstractmethod
-    def read(self, index: int) -> bytes | np.ndarray:
-        """An encoded file's bytes, or a uint8 (height, width, channels) array.
-
-        Raises:
-          OSError: if the file is gone or cannot be read.
-        """
-
-    @abc.abstractmethod
-    def take(self, indices: np.ndarray) -> 'Source':
-        """The source of these images alone, in this order."""
-
-
-class ArraySource(Source):
-    """Images of one size that are held in memory: uint8 (N, height, width, channels)."""
-
-    def __init__(self, label: str, images: np.ndarray, labels=None, class_names=None, ids=None):
-        super().__init__(labels, class_names)
-        self.label = label
-        self.images = images
-        self.ids = np.arange(len(images)) if ids is None else ids
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def name(self, index: int) -> str:
-        """See `Source`."""
-        return f'{self.label}[{self.ids[index]}]'
-
-    def read(self, index: int) -> np.ndarray:
-        """See `Source`."""
-        return self.images[index]
-
-    def take(self, indices: np.ndarray) -> 'ArraySource':
-        """See `Source`."""
-        labels = None if self.labels is None else self.labels[indices]
-        return ArraySource(
-            self.label, self.images[indices], labels, self.class_names, self.ids[indices]
-        )
-
-
-class FileSource(Source):
-    """One file an image."""
-
-    def __init__(self, paths: Sequence[str], labels=None, class_names=None):
-        super().__init__(labels, class_names)
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        """See `Source`."""
-        return self.paths[index]
-
-    def read(self, index: int) -> bytes:
-        """See `Source`."""
-        return Path(self.paths[index]).read_bytes()
-
-    def take(self, indices: np.ndarray) -> 'FileSource':
-        """See `Source`."""
-        labels = None if self.labels is None else self.labels[indices]
-        return FileSource([self.paths[i] for i in indices], labels, self.class_names)
+KINDS = ('demo', 'folder', 'filelist', 'webdataset', 'tfds', 'torchvision', 'synthetic')
 
 
 def open_source(
-    spec: str, *, limit: int = 0, channels: int, cache_dir: str | None = None
+    spec: str,
+    *,
+    limit: int = 0,
+    channels: int,
+    cache_dir: str | None = None,
+    setting: str = 'config.data.source',
 ) -> Source:
-    """Opens the images that `spec` (the module's docstring lists the forms) stands for.
+    """Open the images that `spec` stands for; the module's docstring lists its forms.
 
     Args:
-      spec: `config.data.source`.
+      spec: the value of `setting`.
       limit: use this many images, spread evenly over the source (0: all of them), so that a
         folder's classes stay represented.
-      channels: channels that the run works with.
-      cache_dir: where listings of large folders are kept between runs (None: nowhere).
+      channels: channels that the run works with. Gray images become RGB and RGB ones gray; other
+        numbers must be the source's own.
+      cache_dir: where long listings are kept between runs (None: nowhere).
+      setting: the name that error messages give.
 
     Raises:
-      UserError: for an unknown form, a path that does not exist, or a source without images.
+      UserError: an unknown form, a path that does not exist, no images, other channels.
     """
-    kind, _, rest = spec.partition(':')
-    if kind not in OPENERS:
-        raise UserError(
-            f'config.data.source={spec!r} is not known; use one of {", ".join(sorted(OPENERS))}, '
-            "as in 'demo' or 'folder:/path/to/images'"
-        )
-    source = OPENERS[kind](rest)
-    if limit < 0:
-        raise UserError(f'config.data.limit={limit} must be 0 (all images) or more')
+    try:
+        source = _open(spec, channels, cache_dir)
+        have = source.images.shape[-1] if isinstance(source, ArraySource) else 3
+        if channels != have and not {channels, have} <= {1, 3}:
+            raise UserError(f'the images have {have} channels, not config.data.channels={channels}')
+    except UserError as error:
+        raise UserError(f'{setting}={spec!r}: {error}') from error.__cause__
     if 0 < limit < len(source):
         source = source.take(np.arange(limit) * len(source) // limit)
     return source
 
 
-def open_demo(split: str) -> Source:
-    """The embedded Fashion-MNIST: `''` is its training split, `'test'` its test split."""
+def _open(spec: str, channels: int, cache_dir: str | None) -> Source:
+    kind, _, rest = spec.partition(':')
+    match kind:
+        case 'demo':
+            return open_demo(rest)
+        case 'folder':
+            return folders.open_folder(rest, cache_dir)
+        case 'filelist':
+            return folders.open_filelist(rest)
+        case 'webdataset':
+            return archives.open_webdataset(rest, cache_dir)
+        case 'tfds':
+            return archives.open_tfds(rest, cache_dir)
+        case 'torchvision':
+            return torchvision_files.open_torchvision(rest)
+        case 'synthetic':
+            return open_synthetic(rest, channels)
+    raise UserError(
+        f'{kind!r} is no kind of source; use {", ".join(KINDS)}, as in folder:/path/to/images'
+    )
+
+
+def open_demo(split: str) -> ArraySource:
+    """The embedded Fashion-MNIST: '' is its training split, 'test' its test split.
+
+    Raises:
+      UserError: another split.
+    """
+    if split not in ('', 'train', 'test'):
+        raise UserError(f'there is no split {split!r}; use demo or demo:test')
     split = split or 'train'
-    if split not in ('train', 'test'):
-        raise UserError(f"config.data.source='demo:{split}': use 'demo' or 'demo:test'")
     with np.load(DEMO_FILE, allow_pickle=False) as file:
         images, labels = file[f'{split}_images'], file[f'{split}_labels']
-    return ArraySource(f'demo:{split}', images[..., None], labels, DEMO_CLASSES)
+    names = torchvision_files.FASHION_CLASSES
+    return ArraySource(f'demo:{split}', images[..., None], labels, names)
 
 
-def open_folder(path: str) -> Source:
-    """A folder of class folders (searched at any depth), or else a flat folder of images."""
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise UserError(f"config.data.source='folder:{path}': there is no folder {root}")
-    class_names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    paths, labels = [], []
-    for label, name in enumerate(class_names):
-        found = list_images(root / name)
-        paths += found
-        labels += [label] * len(found)
-    if paths:
-        return FileSource(paths, np.array(labels, np.int32), class_names)
-    paths = sorted(e.path for e in os.scandir(root) if e.is_file() and is_image(e.name))
-    if not paths:
-        raise UserError(
-            f"config.data.source='folder:{path}': no images in {root} or below (looked for "
-            f'{" ".join(EXTENSIONS)}); point it at a folder of images or of class folders'
-        )
-    return FileSource(paths)
+def open_synthetic(size: str, channels: int) -> ArraySource:
+    """Noise over one of ten coarse patterns, the image's class; the same numbers every time.
 
-
-def list_images(root: Path) -> list[str]:
-    """Every image below `root`, in ImageFolder's order: sorted folders, then sorted names."""
-    return [
-        os.path.join(folder, name)  # noqa: PTH118 (a million Path objects are slow)
-        for folder, _, names in sorted(os.walk(root, followlinks=True))
-        for name in sorted(names)
-        if is_image(name)
-    ]
-
-
-def is_image(name: str) -> bool:
-    """Whether a file's name ends like an image's, in any case."""
-    return name.lower().endswith(EXTENSIONS)
-
-
-OPENERS: dict[str, Callable[[str], Source]] = {
-    'demo': open_demo,
-    'folder': open_folder,
-}
+    Raises:
+      UserError: `size` is not COUNTxSIDE.
+    """
+    found = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', size or '1024x64')
+    if not found:
+        raise UserError('the size must be COUNTxSIDE, as in synthetic:1024x64')
+    count, side = map(int, found.groups())
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (10, 4, 4, channels))
+    at = np.arange(side) * 4 // side
+    labels = np.arange(count) % 10
+    images = np.empty((count, side, side, channels), np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        noise = rng.integers(-64, 65, image.shape)
+        image[:] = (patterns[label][at][:, at] + noise).clip(0, 255)
+    return ArraySource('synthetic', images, labels, [f'pattern {i}' for i in range(10)])

@@ -1,0 +1,65 @@
+"""Where the crops lie: torchvision's distributions of boxes, for a batch at once, in TensorFlow.
+
+A box is y0, x0, height, width in pixels of the original image.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+TRIES = 10  # RandomResizedCrop draws so many boxes before it takes the centre
+RATIO = (3 / 4, 4 / 3)  # width over height
+
+
+def draw(seed: int, epoch: tf.Tensor, position: tf.Tensor, crops: int) -> tf.Tensor:
+    """The random numbers of one image's boxes: float64 (crops, TRIES, 4), uniform in [0, 1)."""
+    key = tf.stack([tf.constant(seed, tf.int64), epoch * 2**32 + position])
+    return tf.random.stateless_uniform((crops, TRIES, 4), key, dtype=tf.float64)
+
+
+def random_resized(draws: tf.Tensor, sizes: tf.Tensor, scales: np.ndarray) -> tf.Tensor:
+    """torchvision's RandomResizedCrop.get_params: the first of ten tries that fits, or the centre.
+
+    Args:
+      draws: float64 (B, V, TRIES, 4), of the area, the ratio, y and x.
+      sizes: int32 (B, 2), height and width of the images.
+      scales: (V, 2), smallest and largest share of the image's area.
+
+    Returns:
+      float64 (B, V, 4), whole numbers.
+    """
+    sizes = tf.cast(sizes, tf.float64)[:, None, None]  # (B, 1, 1, 2)
+    low, high = scales[:, None, 0], scales[:, None, 1]
+    area = tf.reduce_prod(sizes, -1) * (low + (high - low) * draws[..., 0])
+    log_low, log_high = np.log(RATIO)
+    ratio = tf.exp(log_low + (log_high - log_low) * draws[..., 1])
+    box = tf.round(tf.stack([tf.sqrt(area / ratio), tf.sqrt(area * ratio)], -1))
+    fits = tf.reduce_all((box > 0) & (box <= sizes), -1)
+    corner = tf.floor(draws[..., 2:] * (sizes - box + 1))
+    first = tf.argmax(tf.cast(fits, tf.int32), -1)  # of equals, argmax takes the first
+    chosen = tf.gather(tf.concat([corner, box], -1), first, batch_dims=2)
+    fallback = largest_centred(sizes[:, 0])  # (B, 1, 4)
+    return tf.where(tf.reduce_any(fits, -1, keepdims=True), chosen, fallback)
+
+
+def largest_centred(sizes: tf.Tensor) -> tf.Tensor:
+    """(…, 4): the largest box of an allowed ratio in the middle of images of `sizes` (…, 2)."""
+    height, width = tf.unstack(sizes, axis=-1)
+    tallest, widest = tf.round(width / RATIO[0]), tf.round(height * RATIO[1])
+    box = tf.stack([tf.minimum(height, tallest), tf.minimum(width, widest)], -1)
+    return tf.concat([(sizes - box) // 2, box], -1)
+
+
+def centre(sizes: tf.Tensor, resize: int, size: int) -> tf.Tensor:
+    """(B, 1, 4): what Resize(resize) and CenterCrop(size) keep of images of `sizes` (B, 2)."""
+    sizes = tf.cast(sizes, tf.float64)
+    short = tf.reduce_min(sizes, -1, keepdims=True)
+    resized = tf.floor(resize * sizes / short)
+    corner = tf.round((resized - size) / 2)
+    box = tf.concat([corner, tf.fill(tf.shape(corner), np.float64(size))], -1)
+    return (box * tf.tile(sizes / resized, [1, 2]))[:, None]
+
+
+def to_canvas(boxes: tf.Tensor, original: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """float32 (B, V, 4): boxes after a change of size, (B, 2), of the images."""
+    scale = tf.cast(size, tf.float64) / tf.cast(original, tf.float64)
+    return tf.cast(boxes * tf.tile(scale, [1, 2])[:, None], tf.float32)
