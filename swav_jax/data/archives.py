@@ -128,9 +128,7 @@ def open_tfds(spec: str, cache_dir: str | None) -> TfdsSource:
     import tensorflow_datasets as tfds  # slow to load, and only this kind of source needs it
 
     spec, options = split_options(spec, ('data_dir',))
-    name, _, split = spec.rpartition(':')
-    if not name or re.fullmatch(r'\d+\.\d+\.\d+', split):
-        name, split = spec, 'train'
+    name, split = re.fullmatch(r'([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?', spec).groups('train')
     data_dir = options.get('data_dir')
     try:
         builder = tfds.builder(name, data_dir=data_dir)
