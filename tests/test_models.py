@@ -288,14 +288,15 @@ def test_half_precision_keeps_parameters_statistics_and_scores_in_float32(trunk,
 
 
 def test_initial_weights_have_torchvisions_scale():
-    net = models.build(model_config(dict(depth=18, zero_init_residual=True)))
+    trunk = dict(depth=18, width_multiplier=0.5, zero_init_residual=True)
+    net = models.build(model_config(trunk, dict(dims=(0, 1024, 16), num_clusters=(7,))))
     params = jax.jit(lambda: net.init(jax.random.key(0), [jnp.zeros((1, 32, 32, 3))], False))()
     params = params['params']
     block = params['trunk']['layer4_0']
-    for name, fan_out in (('conv1', 9 * 512), ('conv2', 9 * 512), ('downsample_0', 512)):
+    for name, fan_out in (('conv1', 9 * 256), ('conv2', 9 * 256), ('downsample_0', 256)):
         np.testing.assert_allclose(block[name]['kernel'].std(), (2 / fan_out) ** 0.5, rtol=0.01)
     np.testing.assert_array_equal(block['bn2']['scale'], 0)
     np.testing.assert_array_equal(block['bn1']['scale'], 1)
     for leaf in jax.tree.leaves(params['head']['linear0']):
-        np.testing.assert_allclose(np.abs(leaf).max(), 512**-0.5, rtol=0.01)
-        np.testing.assert_allclose(leaf.std(), (3 * 512) ** -0.5, rtol=0.05)
+        np.testing.assert_allclose(np.abs(leaf).max(), 256**-0.5, rtol=0.01)
+        np.testing.assert_allclose(leaf.std(), (3 * 256) ** -0.5, rtol=0.05)

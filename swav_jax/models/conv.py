@@ -1,34 +1,16 @@
-"""The one place where the models convolve."""
+"""The convolutional layer of all trunks."""
 
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from swav_jax.models.conv2d import conv2d
 
 # He et al., 2015, as PyTorch's `kaiming_normal_(mode='fan_out')`: variance 2 / (k·k·features),
 # with all output channels counted, whatever the groups.
 kaiming_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
-
-
-def conv2d(
-    x: jax.Array,
-    kernel: jax.Array,
-    *,
-    stride: int,
-    padding: int,
-    groups: int,
-) -> jax.Array:
-    """Cross-correlates `x` (N, H, W, C) with `kernel` (k, k, C / groups, F), as torch's conv2d."""
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        feature_group_count=groups,
-    )
 
 
 class Conv(nn.Module):
