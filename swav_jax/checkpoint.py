@@ -17,7 +17,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,15 @@ from swav_jax.errors import UserError
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
+class _DamagedError(Exception):
+    """A checkpoint is not what was written."""
+
+
 class Checkpoints:
     """The checkpoints in one folder.
 
     Args:
-        directory: the folder; made if it is missing.
+        directory: the folder; `save` makes it if it is missing.
         keep: how many of the newest checkpoints stay.
         keep_every_steps: checkpoints of steps that this divides stay for good (0: none).
 
@@ -55,7 +59,8 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies)
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                create=False,  # whoever only looks leaves no empty folder behind
             ),
             item_handlers={
                 'state': ocp.StandardCheckpointHandler(),
@@ -107,25 +112,46 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint holds other arrays than `like` does, or none of them loads.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        self._damaged = []
-        for step in steps:
-            try:
-                return self._load(step, like)
-            except (UserError, jax.errors.JaxRuntimeError):  # not the file's fault
-                raise
-            except Exception as error:  # a damaged file fails in as many ways as it has bytes
-                reason = str(error).strip().partition('\n')[0][:120]
-                absl_logging.warning(
-                    'checkpoint %s is damaged, skipped: %s', self._path(step), reason
-                )
-                self._damaged.append(step)
-        if steps:
-            raise UserError(
-                f'none of the {len(steps)} checkpoints in {self._directory} loads: '
-                'move the folder away to begin a new run, or put a sound copy in its place'
+        wanted = jax.tree.map(_placed, like)
+
+        def arguments(step, saved):
+            self._check_fit(step, saved, wanted)
+            return ocp.args.StandardRestore(wanted)
+
+        found = self._newest_that_loads(ocp.StandardCheckpointHandler, arguments)
+        return found and found[1:]
+
+    def read(
+        self, parts: Collection[str], step: int | None = None
+    ) -> tuple[int, dict[str, Any], dict]:
+        """Read parts of a state without knowing the rest: what an evaluation or an export needs.
+
+        Args:
+            parts: names of fields of the state that are nested dicts of arrays, as 'params'.
+            step: which checkpoint; None is the newest one that loads.
+
+        Returns:
+            The step, the parts with their arrays on the first device, and the metadata.
+
+        Raises:
+            UserError: there is no such checkpoint, or none that loads.
+        """
+        have = sorted(self._manager.all_steps())
+        if not have or step not in (None, *have):
+            wanted = 'any checkpoint' if step is None else f'a checkpoint of step {step}'
+            steps = f'only of {", ".join(map(str, have))}' if have else 'it is empty'
+            raise UserError(f'{self._directory} does not hold {wanted}, {steps}')
+
+        def arguments(step, saved):
+            wanted = _nested({n: x for n, x in saved.items() if n.partition('/')[0] in parts})
+            return ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
             )
-        return None
+
+        steps = None if step is None else [step]
+        return self._newest_that_loads(ocp.PyTreeCheckpointHandler, arguments, steps)
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint, or None."""
@@ -156,18 +182,71 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
 
+    def _read(self, step: int, item: str, handler: Any, args: Any) -> Any:
+        """Read an item without the other processes, which orbax's manager would wait for.
+
+        The damage may be in a part of a file that only some of them read.
+        """
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader {me}'
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+            return reader.restore(self._path(step) / item, args=args)
+
     def _content(self, step: int) -> dict:
-        content = self._manager.restore(
-            step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        ).metadata
+        content = self._read(step, 'metadata', ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
         if content.pop('sha256', None) != _sha256(content):
             raise ValueError('its metadata is not what was written')
         return content
 
-    def _load(self, step: int, like: Any) -> tuple[Any, dict]:
-        content = self._content(step)
-        like = jax.tree.map(_placed, like)
-        wanted, saved = _shapes(like), content['arrays']
+    def _newest_that_loads(
+        self,
+        make_handler: Callable[[], Any],
+        arguments: Callable[[int, dict], Any],
+        steps: list[int] | None = None,
+    ) -> tuple[int, Any, dict] | None:
+        """(step, state, metadata) of the newest of `steps` (all) that is sound; None of none."""
+        steps = sorted(self._manager.all_steps() if steps is None else steps, reverse=True)
+        self._damaged = []
+        for step in steps:
+            try:
+                return step, *self._load(step, make_handler, arguments)
+            except _DamagedError as error:
+                path = self._path(step)
+                absl_logging.warning('checkpoint %s is damaged, skipped: %s', path, error)
+                self._damaged.append(step)
+                self._tidy = False
+        if steps:
+            raise UserError(
+                f'no checkpoint of step {", ".join(map(str, steps))} in {self._directory} loads: '
+                'put a sound copy in its place, or move the folder away to begin a new run'
+            )
+        return None
+
+    def _load(
+        self, step: int, make_handler: Callable[[], Any], arguments: Callable[[int, dict], Any]
+    ) -> tuple[Any, dict]:
+        """One checkpoint, or `_DamagedError` on all processes if any of them cannot read it."""
+        problem = None
+        try:
+            content = self._content(step)
+            saved = content['arrays']
+            state = self._read(step, 'state', make_handler(), arguments(step, saved))
+        except (UserError, jax.errors.JaxRuntimeError):  # not the file's fault
+            raise
+        except Exception as error:  # a damaged file fails in as many ways as it has bytes
+            problem = str(error).strip().partition('\n')[0][:120]
+        if not _on_all_processes(problem is None):
+            raise _DamagedError(problem or 'another process cannot read it')
+        for name, digest in _digests(state).items():
+            if digest != saved[name]['digest']:
+                raise _DamagedError(f'{name} is not what was written')
+        return state, content['metadata']
+
+    def _check_fit(self, step: int, saved: dict[str, dict], like: Any) -> None:
+        """Refuse a checkpoint that holds other arrays than `like` does."""
+        wanted = _shapes(like)
         for name in sorted(wanted.keys() | saved.keys()):
             here, there = wanted.get(name, 'nothing'), _shape_of(saved.get(name))
             if here != there:
@@ -175,14 +254,6 @@ class Checkpoints:
                     f'{self._path(step)} holds {there} as {name} where this run needs {here}: '
                     'resume with the config that it was made with, or take another --workdir'
                 )
-        state = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        ).state
-        digests = _digests(state)
-        for name, array in saved.items():
-            if digests[name] != array['digest']:
-                raise ValueError(f'{name} is not what was written')
-        return state, content['metadata']
 
     def _tidy_up(self) -> None:
         """Set damaged checkpoints aside and delete what an interrupted save left behind.
@@ -190,6 +261,7 @@ class Checkpoints:
         Done before the first save and not when the folder is opened: a reader must not touch it.
         """
         if jax.process_index() == 0:
+            self._directory.mkdir(parents=True, exist_ok=True)
             for step in self._damaged:
                 aside = self._directory / f'damaged-{step}'
                 shutil.rmtree(aside, ignore_errors=True)
@@ -198,7 +270,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices('checkpoints tidied up')
         self._manager.reload()
-        self._tidy = True
+        self._damaged, self._tidy = [], True
 
     def _delete_temporaries(self) -> None:
         for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
@@ -256,11 +328,31 @@ def _is_about_space(error: BaseException | None) -> bool:
     return False
 
 
+def _on_all_processes(condition: bool) -> bool:
+    """Whether it holds on all of them."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(np.all(multihost_utils.process_allgather(np.array(condition))))
+
+
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = getattr(leaf, 'sharding', None) or jax.sharding.SingleDeviceSharding(
-        jax.local_devices()[0]
-    )
+    sharding = getattr(leaf, 'sharding', None) or _first_device()
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _nested(arrays: dict[str, dict]) -> dict[str, Any]:
+    """Described arrays, named by their paths, as nested dicts of shapes on the first device."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *folders, leaf = name.split('/')
+        branch = functools.reduce(lambda branch, key: branch.setdefault(key, {}), folders, tree)
+        dtype = jnp.dtype(array['dtype'])
+        branch[leaf] = jax.ShapeDtypeStruct(array['shape'], dtype, sharding=_first_device())
+    return tree
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_nothing_to_restore(tmp_path):
     with closing(Checkpoints(tmp_path / 'new')) as checkpoints:
         assert checkpoints.restore(make_state(0)) is None
         assert checkpoints.latest_step() is None
+    assert not (tmp_path / 'new').exists()
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16', 'int32', 'uint8', 'bool'])
@@ -204,9 +205,28 @@ def test_refuses_when_none_loads(copied):
         damage(data_file(copied / step), 'cut')
     with (
         closing(Checkpoints(copied)) as checkpoints,
-        pytest.raises(UserError, match='none of the 2 checkpoints'),
+        pytest.raises(UserError, match=r'no checkpoint of step 2, 1 in .* loads'),
     ):
         checkpoints.restore(make_state(0))
+
+
+def test_parts_are_read_without_the_rest(copied):
+    with closing(Checkpoints(copied)) as checkpoints:
+        step, parts, metadata = checkpoints.read(('params', 'batch_stats'))
+        assert (step, metadata['step']) == (2, 2)
+        assert_same(parts, {'params': make_state(2).params})
+        assert checkpoints.read(('params',), step=1)[0] == 1
+        with pytest.raises(UserError, match='not hold a checkpoint of step 7, only of 1, 2'):
+            checkpoints.read(('params',), step=7)
+        damage(data_file(copied / '2'), 'flips')
+        step, parts, _ = checkpoints.read(('params', 'queue'))
+        assert step == 1
+        np.testing.assert_array_equal(parts['queue'], make_state(1).queue)
+    with (
+        closing(Checkpoints(copied / 'none')) as checkpoints,
+        pytest.raises(UserError, match='it is empty'),
+    ):
+        checkpoints.read(('params',))
 
 
 def test_another_model_is_the_users_mistake_and_not_damage(saved):
