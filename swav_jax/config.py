@@ -20,6 +20,8 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.precision = 'float32'
+    config.init_from = ''  # PyTorch weights, or another run's folder, to start from
+    config.init_allow_partial = False  # start from them also where they do not fill the trunk
 
     config.data = ConfigDict()
     config.data.source = ''  # 'demo', 'folder:/path', …: see swav_jax/data/sources.py

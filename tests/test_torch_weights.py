@@ -252,7 +252,7 @@ def test_bad_files_are_one_clear_line(tmp_path, capsys):
     torch.save({}, tmp_path / 'empty.pth')
     torch.save({'epoch': 3, 'names': ['a']}, tmp_path / 'no tensors.pth')
     for name, message in {
-        'missing.pth': 'is not a file',
+        'missing.pth': 'does not exist: give PyTorch weights or the folder of a run',
         'truncated.pth': 'is damaged or not of PyTorch',
         'empty file.pth': 'is damaged or not of PyTorch',
         'text.pth': 'is damaged or not of PyTorch',

@@ -1,0 +1,77 @@
+r"""Export a run's weights to PyTorch.
+
+    python -m swav_jax.export --workdir RUN --out FILE \
+        [--layout torchvision|vissl|swav] [--format pth|safetensors] [--step N]
+
+Layouts: torchvision (the trunk alone, for torchvision's models with fc = Identity), vissl (a
+checkpoint's trunk and heads, for VISSL's evaluations), swav (trunk, projection head and prototypes,
+for facebookresearch/swav).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from swav_jax import torch_weights
+from swav_jax.checkpoint import Checkpoints
+from swav_jax.errors import UserError
+from swav_jax.torch_layouts import LAYOUTS
+
+
+def export(
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    layout: str = 'torchvision',
+    file_format: str = 'pth',
+    step: int | None = None,
+) -> str:
+    """Writes the weights of a run's checkpoint to `out`, whole or not at all.
+
+    Args:
+      workdir: the folder of the run.
+      layout, file_format: one of `torch_layouts.LAYOUTS` and of `torch_weights.FORMATS`.
+      step: which checkpoint; None is the newest.
+
+    Returns:
+      A line that says what was written.
+
+    Raises:
+      UserError: there is no such checkpoint, or `out` cannot be written.
+    """
+    folder = Path(workdir) / 'checkpoints'
+    if not folder.is_dir():
+        raise UserError(f'--workdir={workdir} is not the folder of a run: it has no checkpoints/')
+    step, variables, metadata = Checkpoints(folder).read(('params', 'batch_stats'), step)
+    activation = metadata['config']['model']['head']['activation_name'] != 'none'
+    state = torch_weights.to_torch(**variables, layout=layout, activation=activation)
+    torch_weights.write(out, state, file_format)
+    content = 'the trunk' if layout == 'torchvision' else 'trunk, head and prototypes'
+    return f'{out}: {content} of step {step}, {len(state)} tensors, layout {layout}'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog='python -m swav_jax.export',
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('--workdir', required=True, help='folder of the run')
+    parser.add_argument('--out', required=True, help='file to write')
+    parser.add_argument('--layout', choices=LAYOUTS, default='torchvision')
+    parser.add_argument('--format', choices=torch_weights.FORMATS, default='pth')
+    parser.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
+    args = parser.parse_args(argv)
+    try:
+        options = dict(layout=args.layout, file_format=args.format, step=args.step)
+        print(export(args.workdir, args.out, **options))
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

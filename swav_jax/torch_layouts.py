@@ -1,0 +1,148 @@
+"""How PyTorch code bases name the tensors of our networks, and order their axes.
+
+A layout is a rule from a tensor's place here to its name there. Inner names are those without what
+wraps a model in a checkpoint: the trunk's own, projection_head.N.… and prototypesN.….
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+LAYOUTS = ('torchvision', 'vissl', 'swav')
+VISSL = 'classy_state_dict.base_model.model.'
+
+_LEAVES = {
+    'kernel': 'weight',
+    'scale': 'weight',
+    'bias': 'bias',
+    'mean': 'running_mean',
+    'var': 'running_var',
+}
+_REGNET = {
+    **{f'{part}_{i}': f'f.{part}.{i}' for part in 'abc' for i in (0, 1)},
+    **{f'proj_{i}': f'proj.{i}' for i in (0, 1)},
+    **{f'se_fc{i}': f'f.se.fc{i}' for i in (1, 2)},
+}
+_VISSL_REGNET = _REGNET | {
+    'c_0': 'f.c',
+    'c_1': 'f.final_bn',
+    'proj_0': 'proj',
+    'proj_1': 'bn',
+    'se_fc1': 'f.se.excitation.0',
+    'se_fc2': 'f.se.excitation.2',
+}
+
+# A tensor's place in the variables: collection, 'trunk' or 'head', modules, leaf.
+Key = tuple[str, ...]
+
+
+def inner_names(tensors: Mapping[Key, Any], layout: str, places: list[int]) -> dict[Key, str]:
+    """Each tensor's inner name; `places` are those of the projection's layers in nn.Sequential."""
+    place = dict(zip(projection_layers(tensors), places, strict=False))
+    names = {}
+    for key in tensors:
+        *modules, leaf = key[2:]
+        if key[1] == 'trunk':
+            names[key] = _trunk_name(modules, leaf, layout)
+        elif modules[0].startswith('prototypes'):
+            # The classic form of torch.nn.utils.weight_norm keeps a weight in two parts.
+            weight = 'weight_v' if (*key[:-1], 'gain') in tensors else 'weight'
+            names[key] = f'{modules[0]}.{"weight_g" if leaf == "gain" else weight}'
+        else:
+            layer = place.get(modules[0], modules[0])
+            names[key] = f'projection_head.{layer}.{_LEAVES[leaf]}'
+    return names
+
+
+def _trunk_name(modules: list[str], leaf: str, layout: str) -> str:
+    vissl = layout == 'vissl'
+    if block := re.fullmatch(r'block(\d+)_(\d+)', modules[0]):
+        stage, index = block.groups()
+        outer = f'res{int(stage) + 1}' if vissl else f'trunk_output.block{stage}'
+        inner = (_VISSL_REGNET if vissl else _REGNET)[modules[1]]
+        name = f'{outer}.block{stage}-{index}.{inner}'
+    else:
+        name = '.'.join(modules).replace('_', '.')
+        name = name.replace('stem.', 'conv1.stem.') if vissl else name
+    return f'{"_feature_blocks." if vissl else ""}{name}.{_LEAVES[leaf]}'
+
+
+def projection_layers(tensors: Mapping[Key, Any]) -> list[str]:
+    """linear0, bn0, linear1, …: the projection's layers in the order they are applied."""
+    layers = {key[2] for key in tensors if key[1] == 'head' and key[2][0] in 'lb'}
+    return sorted(layers, key=lambda name: (int(re.sub(r'\D', '', name)), name[0] == 'b'))
+
+
+def sequential_places(layers: list[str], activation: bool) -> list[int]:
+    """Their indices in nn.Sequential, where an activation follows a linear layer and its norm."""
+    places, place = [], 0
+    for i, _ in enumerate(layers):
+        places.append(place)
+        next_is_linear = i + 1 < len(layers) and layers[i + 1][0] == 'l'
+        place += 2 if activation and next_is_linear else 1
+    return places
+
+
+def inner_name(name: str) -> str:
+    """A name as any layout has it, without the parts that depend on what else there is."""
+    name = re.sub(r'^(trunk|heads(\.\d+)+)\.', '', name)
+    name = re.sub(r'^projection_head\.(?=weight|bias)', 'projection_head.0.', name)
+    name = re.sub(r'^prototypes\.(?=weight)', 'prototypes0.', name)
+    name = re.sub(r'^prototypes\.(?=prototypes)', '', name)
+    # torch.nn.utils.parametrizations.weight_norm, the newer form: original0 is the gain.
+    return re.sub(
+        r'\.parametrizations\.weight\.original([01])$',
+        lambda match: '.weight_' + 'gv'[int(match[1])],
+        name,
+    )
+
+
+def outer_name(name: str, layout: str, one_linear: bool, one_prototype_head: bool) -> str:
+    """The full name of an inner one; the official swav repository numbers only what is several."""
+    if layout == 'vissl':
+        return VISSL + ('heads.0.' if in_head(name) else 'trunk.') + name
+    if layout == 'torchvision':
+        return name
+    if one_linear:
+        name = name.replace('projection_head.0.', 'projection_head.')
+    if name.startswith('prototypes'):
+        name = 'prototypes.' + name.removeprefix('prototypes0.' if one_prototype_head else '')
+    return 'module.' + name
+
+
+def layout_of(names: Mapping[str, Any]) -> str:
+    """The layout that inner names are of."""
+    if any(name.startswith('_feature_blocks.') for name in names):
+        return 'vissl'
+    return 'swav' if any(in_head(name) for name in names) else 'torchvision'
+
+
+def in_head(name: str) -> bool:
+    """Whether an inner name is of the projection or the prototypes."""
+    return name.startswith(('projection_head', 'prototypes'))
+
+
+def flatten(params: Mapping, batch_stats: Mapping) -> dict[Key, Any]:
+    """The tensors of a `SwAVNet` by their places."""
+    return flatten_dict({'params': params, 'batch_stats': batch_stats})
+
+
+def to_torch_axes(key: Key, value: np.ndarray) -> np.ndarray:
+    """(h, w, in, out) → (out, in, h, w); (in, out) → (out, in); weight norm's (K,) → (K, 1)."""
+    if key[-1] == 'gain':
+        value = value[:, None]
+    elif key[-1] == 'kernel':
+        value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
+    return np.ascontiguousarray(value)
+
+
+def from_torch_axes(key: Key, value: np.ndarray) -> np.ndarray:
+    """The inverse of `to_torch_axes`."""
+    if key[-1] == 'gain':
+        value = value[:, 0]
+    elif key[-1] == 'kernel':
+        value = value.transpose((2, 3, 1, 0) if value.ndim == 4 else (1, 0))
+    return np.ascontiguousarray(value)
