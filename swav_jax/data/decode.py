@@ -18,7 +18,7 @@ from swav_jax.data.images import ArraySource, FileSource, Source
 Sample = dict[str, tf.Tensor]
 GRAY = 128  # level of what stands for an unreadable image
 MAX_PIXELS = 89_478_485  # PIL's limit: more in one image is taken for a decompression bomb
-FORMATS = ('JPEG', 'MPO', 'PNG', 'BMP', 'DIB', 'GIF', 'WEBP', 'PPM', 'TIFF')
+FORMATS = ('JPEG', 'PNG', 'BMP', 'GIF', 'WEBP', 'PPM', 'TIFF')  # not those that run programs
 
 
 def add_pixels(

@@ -1,0 +1,61 @@
+"""Which images could not be read: a list beside the run, and a limit above which it stops."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from swav_jax.data.images import Source
+from swav_jax.errors import UserError
+
+
+class BadImages:
+    """Collects the images that came with weight 0, each once.
+
+    Args:
+      source: the images.
+      path: the list, one name a line, begun with the first bad image. What it holds from an
+        earlier run stays and is not written again.
+      max_bad_fraction: `config.data.max_bad_fraction`, of all images of the source.
+    """
+
+    shown = 5  # names in the message that ends a run
+
+    def __init__(self, source: Source, path: str | Path, max_bad_fraction: float):
+        self.source = source
+        self.path = Path(path)
+        self.max_bad_fraction = max_bad_fraction
+        self.names: dict[int, str] = {}  # of the bad images that this run has met
+
+    def update(self, index: np.ndarray, weight: np.ndarray) -> None:
+        """Looks at a batch's `index` and `weight`, both (B,).
+
+        Raises:
+          UserError: more than the allowed share of the images is bad.
+        """
+        new = {int(i) for i in index[(weight == 0) & (index >= 0)]} - self.names.keys()
+        if not new:
+            return
+        self.names |= {i: _one_line(self.source.name(i)) for i in sorted(new)}
+        self._write()
+        bad, whole = len(self.names), len(self.source)
+        if bad > self.max_bad_fraction * whole:
+            first = ', '.join(list(self.names.values())[: self.shown])
+            more = f' and {bad - self.shown} more' if bad > self.shown else ''
+            raise UserError(
+                f'{bad} of {whole} images cannot be read, more than config.data.max_bad_fraction='
+                f'{self.max_bad_fraction} allows: {first}{more}; mend or remove those that '
+                f'{self.path} lists'
+            )
+
+    def _write(self) -> None:
+        before = self.path.read_text().splitlines() if self.path.is_file() else []
+        lines = dict.fromkeys([*before, *self.names.values()])  # a set that keeps its order
+        part = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
+        part.write_text(''.join(f'{line}\n' for line in lines))
+        part.replace(self.path)
+
+
+def _one_line(name: str) -> str:
+    """A name without line breaks, and without bytes that are no text."""
+    return ' '.join(name.encode('utf-8', 'backslashreplace').decode().splitlines())
