@@ -121,6 +121,11 @@ def freeze_first(
     return optax.GradientTransformation(init, update)
 
 
+def updates_made(opt_state: Any) -> Int[Array, '']:
+    """How many updates the optimizer has made: fewer than steps where float16 overflowed."""
+    return opt_state.count
+
+
 def path_name(path: Sequence[Any]) -> str:
     """A parameter's path as `head/prototypes0/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator='/')
@@ -147,7 +152,7 @@ def decay_mask(params: Any, *, regularize_bn: bool, regularize_bias: bool) -> An
 
 
 def make_optimizer(
-    optimizer: Mapping[str, Any],
+    optimizer: Any,
     learning_rate: optax.ScalarOrSchedule,
     frozen_iters: Mapping[str, int],
     params: Any,
@@ -201,7 +206,7 @@ def make_optimizer(
 WHERE_EPSILON = 1e-6
 
 
-def schedule(lr: Mapping[str, Any]) -> Schedule:
+def schedule(lr: Any) -> Schedule:
     """A learning rate as a function of `where`, the share of the run that is done, in [0, 1].
 
     ClassyVision's and VISSL's parameter schedulers, by `lr['name']`:
@@ -279,7 +284,7 @@ def _composite(lr):
     return composite
 
 
-def scale_learning_rate(lr: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+def scale_learning_rate(lr: Any, batch_size: int) -> dict[str, Any]:
     """The schedule for a global batch of `batch_size` images (VISSL's auto_lr_scaling).
 
     The scaled rate is base_value · batch_size / base_lr_batch_size (its square root with
@@ -326,7 +331,7 @@ def _multiply(lr, factor):
 
 
 def learning_rate(
-    lr: Mapping[str, Any], *, batch_size: int, total_steps: int, steps_per_epoch: int
+    lr: Any, *, batch_size: int, total_steps: int, steps_per_epoch: int
 ) -> Schedule:
     """The learning rate as a function of the step, scaled to the batch: the only place for both.
 

@@ -1,0 +1,327 @@
+"""One run, from top to bottom: devices, data, state, resume, the loop, what it learned."""
+
+import functools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+import swav_jax
+from swav_jax import config as settings
+from swav_jax import mesh as meshes
+from swav_jax import models, optim, swav, torch_weights
+from swav_jax.checkpoint import Checkpoints
+from swav_jax.data import pipeline, sources
+from swav_jax.data.bad_images import BadImages
+from swav_jax.errors import UserError
+from swav_jax.evaluate import clusters, features, knn, report
+from swav_jax.mesh import put_batch
+from swav_jax.monitor import Monitor
+from swav_jax.precision import COMPUTE_DTYPES, LossScale
+from swav_jax.step import TrainState, make_train_step, state_specs
+
+Results = dict[str, float]
+
+
+def run(config: ConfigDict, workdir: str | Path) -> Results:
+    """Train as `config` says, or go on where the run in `workdir` stopped.
+
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json and the pictures of
+    `evaluate.report` into `workdir`.
+
+    Returns:
+      The summary that is written to summary.json.
+
+    Raises:
+      UserError: a setting, the data or the folder cannot work.
+    """
+    settings.validate(config)
+    workdir = open_workdir(workdir)
+    mesh = meshes.make_mesh(config.model.sync_bn)
+    source = open_data(config, config.data.source, workdir, limit=config.data.limit)
+    sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
+    schedule = optim.learning_rate(
+        config.optimizer.param_schedulers.lr,
+        batch_size=sizes.batch_size,
+        total_steps=sizes.total_steps,
+        steps_per_epoch=sizes.steps_per_epoch,
+    )
+    net, tx, state = make_state(config, sizes, schedule, mesh)
+    evaluation = Evaluation(config, net, mesh, workdir)
+
+    checkpoints = Checkpoints(
+        workdir / 'checkpoints',
+        keep=config.checkpoint.keep,
+        keep_every_steps=config.checkpoint.keep_every_epochs * sizes.steps_per_epoch,
+    )
+    results: Results = {}
+    if (restored := checkpoints.restore(state)) is not None:
+        state, results = restored[0], restored[1]['results']
+    elif config.init_from:
+        state = start_from(config, state, mesh)
+    first_step = int(state.step)
+    write_config(config, workdir)
+    monitor = Monitor(
+        workdir,
+        total_steps=sizes.last_step,
+        steps_per_epoch=sizes.steps_per_epoch,
+        batch_size=sizes.batch_size,
+        first_step=first_step,
+        log_every_steps=config.train.log_every_steps,
+        num_prototypes=tuple(config.model.head.num_clusters),
+    )
+    introduce(monitor, config, sizes, mesh, state)
+
+    if first_step == 0:
+        results = {f'{name}_untrained': value for name, value in evaluation.run(state).items()}
+        monitor.events(results, step=0)
+
+    train_step = make_train_step(net, tx, config, mesh, state)
+    batches = pipeline.train_batches(
+        source,
+        config.data,
+        seed=config.seed,
+        global_batch=sizes.batch_size,
+        first_step=first_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    bad_images = BadImages(source, workdir / 'bad_images.txt', config.data.max_bad_fraction)
+    metrics = None
+    for step in range(first_step + 1, sizes.last_step + 1):
+        batch, data_wait = fetch(batches, metrics)
+        for name in bad_images.update(batch['index'], batch['weight']):
+            monitor.say(f'cannot be read, does not count: {name}')
+        lr = schedule(optim.updates_made(state.opt_state))
+        previous, (state, metrics) = metrics, train_step(state, put_batch(mesh, batch))
+        # One step computes while the next is queued; a longer queue would only hold more batches.
+        jax.block_until_ready(previous)
+        monitor.record(step, metrics | {'lr': lr}, data_wait)
+        if is_due(step, config.evaluate, sizes):
+            learned = evaluation.run(state)
+            results |= learned
+            monitor.events(learned, step=step)
+        if is_due(step, config.checkpoint, sizes):
+            monitor.flush()
+            checkpoints.save(step, state, describe(config, results))
+    checkpoints.close()
+    summary = monitor.finish(results)
+    found = evaluation.look(state, evaluation.test)
+    if jax.process_index() == 0:
+        report.draw_loss(workdir)
+        report.draw_prototypes(workdir, found, evaluation.test)
+    return summary
+
+
+def open_workdir(workdir: str | Path) -> Path:
+    """The folder of the run, made if it is missing.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = Path(workdir).expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(
+            f'--workdir={workdir} cannot be written ({error.strerror}): name another folder'
+        ) from error
+    return path
+
+
+def open_data(config: ConfigDict, source: str, workdir: Path, *, limit: int = 0) -> sources.Source:
+    """The images that a source stands for; long listings are kept beside the run."""
+    return sources.open_source(
+        source, limit=limit, channels=config.data.channels, cache_dir=str(workdir)
+    )
+
+
+def write_config(config: ConfigDict, workdir: Path) -> None:
+    """Put the settings into config.json, once whole."""
+    if jax.process_index() == 0:
+        temporary = workdir / f'.config.json.{os.getpid()}'
+        temporary.write_text(json.dumps(settings.to_dict(config), indent=2) + '\n')
+        temporary.replace(workdir / 'config.json')
+
+
+def describe(config: ConfigDict, results: Results) -> dict[str, Any]:
+    """What a checkpoint carries beside the state."""
+    return {
+        'config': settings.to_dict(config),
+        'version': swav_jax.__version__,
+        'results': results,
+    }
+
+
+def make_state(
+    config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: Mesh
+) -> tuple[models.SwAVNet, optax.GradientTransformation, TrainState]:
+    """The network, the optimizer, and the state before the first step, laid over the mesh.
+
+    Raises:
+      UserError: the settings name no network or no parameter.
+    """
+    build = functools.partial(
+        models.build,
+        config.model,
+        channels=config.data.channels,
+        dtype=COMPUTE_DTYPES[config.precision],
+    )
+    plain = build()
+    crops = [
+        jnp.zeros((2, size, size, config.data.channels)) for size in set(config.data.size_crops)
+    ]
+    frozen = dict(config.model.temp_frozen_params_iter_map)
+
+    def initial(tx=None):
+        variables = plain.init(jax.random.key(config.seed), crops, train=True)
+        params = variables['params']
+        if config.loss.normalize_last_layer:
+            params = swav.normalize_prototypes(params)
+        queue = None
+        if sizes.queue_batches:
+            dim = config.model.head.dims[-1]
+            queue = swav.Queue.empty(
+                len(config.loss.crops_for_assign), sizes.queue_batches, sizes.batch_size, dim
+            )
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            batch_stats=variables['batch_stats'],
+            opt_state=tx and tx.init(params),
+            queue=queue,
+            loss_scale=LossScale.initial(config.precision),
+        )
+
+    shapes = jax.eval_shape(initial)
+    try:
+        tx = optim.make_optimizer(config.optimizer, schedule, frozen, shapes.params)
+        specs = state_specs(jax.eval_shape(lambda: initial(tx)))
+    except ValueError as error:
+        raise UserError(f'config.model.temp_frozen_params_iter_map={frozen}: {error}') from error
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    state = jax.jit(lambda: initial(tx), out_shardings=shardings)()
+    return build(axis_names=('member',), mesh_axes=meshes.AXES), tx, state
+
+
+def start_from(config: ConfigDict, state: TrainState, mesh: Mesh) -> TrainState:
+    """The state before the first step with the weights that `config.init_from` names."""
+    params, batch_stats = torch_weights.load_into(
+        jax.device_get(state.params),
+        jax.device_get(state.batch_stats),
+        config.init_from,
+        allow_partial=config.init_allow_partial,
+    )
+    if config.loss.normalize_last_layer:
+        params = swav.normalize_prototypes(params)
+    params, batch_stats = meshes.put(mesh, (params, batch_stats))
+    return state.replace(params=params, batch_stats=batch_stats)
+
+
+def fetch(
+    batches: Iterator[pipeline.Batch], metrics: dict[str, jax.Array] | None
+) -> tuple[pipeline.Batch, float]:
+    """The next batch of this process, and how many seconds its devices stood idle for it.
+
+    The time counts only when the step in progress, whose `metrics` these are, ended before the
+    batch came.
+    """
+    start = time.perf_counter()
+    batch = next(batches)
+    seconds = time.perf_counter() - start
+    idle = metrics is None or metrics['loss'].is_ready()
+    return batch, seconds if idle else 0.0
+
+
+def is_due(step: int, every: ConfigDict, sizes: settings.Sizes) -> bool:
+    """Whether something happens after this step: at the end, and every so many epochs or steps."""
+    epochs, steps = every.every_epochs, every.get('every_steps', 0)
+    return (
+        step == sizes.last_step
+        or (epochs > 0 and step % (epochs * sizes.steps_per_epoch) == 0)
+        or (steps > 0 and step % steps == 0)
+    )
+
+
+def introduce(
+    monitor: Monitor,
+    config: ConfigDict,
+    sizes: settings.Sizes,
+    mesh: Mesh,
+    state: TrainState,
+) -> None:
+    """Say in a few lines what is about to run."""
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    device = mesh.devices.flat[0]
+    monitor.say(
+        f'{config.model.trunk.name} depth {config.model.trunk.depth}, {count / 1e6:.2f} M '
+        f'parameters, {config.precision}; {mesh.size} × {device.device_kind}'
+    )
+    monitor.say(
+        f'{sizes.num_images:,} images of {config.data.source}, {sizes.batch_size} a step '
+        f'({config.data.batchsize_per_replica} a device), {sizes.steps_per_epoch:,} steps '
+        f'an epoch, {sizes.last_step:,} in all'
+    )
+    asked = config.loss.queue.queue_length
+    if asked != sizes.queue_length:
+        monitor.say(
+            f'config.loss.queue.queue_length={asked} is lowered to {sizes.queue_length}, '
+            'a multiple of the batch'
+        )
+    if int(state.step):
+        monitor.say(f'going on from step {int(state.step):,}')
+
+
+class Evaluation:
+    """What the network has learned so far, on images that it does not train on.
+
+    Images of `config.evaluate.train_source` vote on the labels of `config.evaluate.test_source`.
+    Without these two there is nothing to measure, and the pictures show training images.
+    """
+
+    pictured = 2000  # images of the training data, where there is no test data
+
+    def __init__(self, config: ConfigDict, net: models.SwAVNet, mesh: Mesh, workdir: Path):
+        self.config, self.net, self.mesh = config, net, mesh
+        train, test = config.evaluate.train_source, config.evaluate.test_source
+        limit = 0 if test else self.pictured
+        self.test = open_data(config, test or config.data.source, workdir, limit=limit)
+        self.train = open_data(config, train, workdir) if train and test else None
+        for source in filter(None, (self.train, self.test if self.train else None)):
+            if source.labels is None:
+                raise UserError(
+                    'config.evaluate.train_source and test_source need labelled images: name '
+                    "folders of class folders, or set both to ''"
+                )
+
+    def run(self, state: TrainState) -> Results:
+        """`knn_top1` in percent, and `nmi` of prototypes and labels; empty without labels."""
+        if self.train is None:
+            return {}
+        test = self.look(state, self.test)
+        top1 = knn.accuracy(
+            self.look(state, self.train).trunk,
+            self.train.labels,
+            test.trunk,
+            self.test.labels,
+            k=self.config.evaluate.k,
+            temperature=self.config.evaluate.temperature,
+        )
+        nmi = clusters.nmi(self.test.labels, clusters.assign(test.scores[0]))
+        return {'knn_top1': top1, 'nmi': nmi}
+
+    def look(self, state: TrainState, source: sources.Source) -> features.Features:
+        """Features of all images of a source."""
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        return features.extract(self.net, variables, source, self.config, self.mesh)
