@@ -9,6 +9,7 @@ for facebookresearch/swav).
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,8 +44,9 @@ def export(
     folder = Path(workdir) / 'checkpoints'
     if not folder.is_dir():
         raise UserError(f'--workdir={workdir} is not the folder of a run: it has no checkpoints/')
-    step, variables, metadata = Checkpoints(folder).read(('params', 'batch_stats'), step)
-    activation = metadata['config']['model']['head']['activation_name'] != 'none'
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        step, variables, metadata = checkpoints.read(('params', 'batch_stats'), step)
+    activation = metadata['config']['model']['head']['activation_name'].lower() != 'none'
     state = torch_weights.to_torch(**variables, layout=layout, activation=activation)
     torch_weights.write(out, state, file_format)
     content = 'the trunk' if layout == 'torchvision' else 'trunk, head and prototypes'

@@ -153,9 +153,9 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if file_format == 'safetensors':
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            save_file(tensors, temporary)
+            temporary.write_bytes(save(tensors))
         else:
             torch.save(_nested(tensors), temporary)
         temporary.replace(path)
@@ -173,7 +173,8 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
 def _read_run(workdir: Path) -> dict[str, np.ndarray]:
     from swav_jax.checkpoint import Checkpoints
 
-    _, variables, _ = Checkpoints(workdir / 'checkpoints').read(('params', 'batch_stats'))
+    with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:
+        _, variables, _ = checkpoints.read(('params', 'batch_stats'))
     tensors = flatten(**variables)
     names = inner_names(
         tensors, 'swav', sequential_places(projection_layers(tensors), activation=True)
