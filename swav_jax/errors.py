@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A mistake of the user's. `main` prints the message, without a stack trace, and exits with 2."""
+    """A mistake of the user's: `main` prints it, without a stack trace, and exits with 2."""

@@ -54,7 +54,7 @@ def sinkhorn_codes(
     logits = lax.stop_gradient(jnp.concatenate(scores, axis=-1)) / epsilon
     ends = [sum(s.shape[-1] for s in scores[: h + 1]) for h in range(len(scores) - 1)]
     log_shares = jnp.concatenate([_log_shares(s.shape[-1], powerlaw, logits.dtype) for s in scores])
-    log_weights = jnp.zeros(logits.shape[1], logits.dtype)
+    log_weights, tiny = jnp.zeros(logits.shape[1], logits.dtype), jnp.finfo(logits.dtype).tiny
     if weights is not None:
         log_weights = jnp.where(weights > 0, log_weights, LOG_ZERO)
     log_weights = log_weights[:, None]
@@ -67,6 +67,7 @@ def sinkhorn_codes(
     log_q = logits + g
     for _ in range(num_iters):
         sums = lax.psum(jnp.sum(jnp.exp(log_q + log_weights), axis=1, keepdims=True), axis_names)
+        sums = jnp.maximum(sums, tiny)  # 0 where no sample of the whole mesh counts
         g = g + log_shares - jnp.log(sums)
         log_q = normalise_samples(logits + g)
     return jnp.split(jnp.exp(log_q), ends, axis=-1)
