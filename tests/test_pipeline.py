@@ -158,8 +158,7 @@ def test_batch_mistakes():
 
 
 def our_boxes(height, width, scale, count=20_000):
-    draws = tf.stack([boxes.draw(3, tf.constant(1, tf.int64), tf.constant(i, tf.int64), 20)
-                      for i in range(count // 20)])  # fmt: skip
+    draws = boxes.draw(3, 1, 0, count // 20, 20)
     sizes = tf.tile([[height, width]], [count // 20, 1])
     found = boxes.random_resized(draws, sizes, np.tile(np.array([scale]), (20, 1)))
     return found.numpy().reshape(-1, 4)
@@ -208,13 +207,13 @@ def test_boxes_fall_back_to_torchvisions_centre(height, width):
     np.testing.assert_array_equal(ours, np.tile(expected, (20, 1)))
 
 
-def test_boxes_of_different_crops_positions_and_epochs_are_unrelated():
-    at = lambda epoch, position: boxes.draw(  # noqa: E731
-        0, tf.constant(epoch, tf.int64), tf.constant(position, tf.int64), 4
-    ).numpy()
-    draws = np.stack([at(*pair) for pair in ((0, 0), (0, 1), (1, 0), (1, 1), (2**30, 2**30))])
-    assert len(np.unique(draws)) == draws.size
-    np.testing.assert_array_equal(at(0, 1), draws[1])
+def test_box_draws_of_crops_positions_epochs_and_seeds_are_unrelated():
+    draws = [boxes.draw(*key, 2, 4) for key in ((0, 0, 0), (0, 0, 2), (0, 1, 0), (1, 0, 0))]
+    assert len(np.unique(draws)) == np.size(draws)
+    np.testing.assert_array_equal(boxes.draw(0, 0, 1, 2, 4)[0], draws[0][1])
+    np.testing.assert_array_equal(boxes.draw(0, 0, 1, 2, 4)[1], draws[1][0])
+    far = boxes.draw(2**31, 2**31, 2**31, 2, 4)
+    np.testing.assert_array_equal(boxes.draw(2**31, 2**31, 2**31 + 1, 1, 4)[0], far[1])
 
 
 # Pixels.
@@ -376,10 +375,10 @@ def test_bad_images_are_listed_once_and_stop_the_run_above_the_limit(tmp_path):
     source, path = demo(limit=10), tmp_path / 'bad_images.txt'
     path.write_text('from an earlier run\ndemo:train[1000]\n')
     listed = BadImages(source, path, max_bad_fraction=0.3)
-    listed.update(np.array([0, 1, -1]), np.array([1.0, 0.0, 0.0]))
-    listed.update(np.array([1, 2, 3]), np.array([0.0, 0.0, 0.0]))
-    listed.update(np.array([1, 2, 3]), np.array([0.0, 0.0, 0.0]))
     names = [f'demo:train[{i}000]' for i in (1, 2, 3)]
+    assert listed.update(np.array([0, 1, -1]), np.array([1.0, 0.0, 0.0])) == names[:1]
+    assert listed.update(np.array([1, 2, 3]), np.array([0.0, 0.0, 0.0])) == names[1:]
+    assert listed.update(np.array([1, 2, 3]), np.array([0.0, 0.0, 0.0])) == []
     assert path.read_text().splitlines() == ['from an earlier run', *names]
     with pytest.raises(UserError, match=r'4 of 10 images .*max_bad_fraction=0\.3') as caught:
         listed.update(np.array([9, 3]), np.array([0.0, 0.0]))

@@ -27,15 +27,18 @@ class BadImages:
         self.max_bad_fraction = max_bad_fraction
         self.names: dict[int, str] = {}  # of the bad images that this run has met
 
-    def update(self, index: np.ndarray, weight: np.ndarray) -> None:
+    def update(self, index: np.ndarray, weight: np.ndarray) -> list[str]:
         """Looks at a batch's `index` and `weight`, both (B,).
+
+        Returns:
+          The names of the bad images that were not met before.
 
         Raises:
           UserError: more than the allowed share of the images is bad.
         """
         new = {int(i) for i in index[(weight == 0) & (index >= 0)]} - self.names.keys()
         if not new:
-            return
+            return []
         self.names |= {i: _one_line(self.source.name(i)) for i in sorted(new)}
         self._write()
         bad, whole = len(self.names), len(self.source)
@@ -47,6 +50,7 @@ class BadImages:
                 f'{self.max_bad_fraction} allows: {first}{more}; mend or remove those that '
                 f'{self.path} lists'
             )
+        return [self.names[i] for i in sorted(new)]
 
     def _write(self) -> None:
         before = self.path.read_text().splitlines() if self.path.is_file() else []

@@ -1,4 +1,4 @@
-"""Where the crops lie: torchvision's distributions of boxes, for a batch at once, in TensorFlow.
+"""Where the crops lie: torchvision's distributions of boxes, for a batch at once.
 
 A box is y0, x0, height, width in pixels of the original image.
 """
@@ -10,10 +10,17 @@ TRIES = 10  # RandomResizedCrop draws so many boxes before it takes the centre
 RATIO = (3 / 4, 4 / 3)  # width over height
 
 
-def draw(seed: int, epoch: tf.Tensor, position: tf.Tensor, crops: int) -> tf.Tensor:
-    """The random numbers of one image's boxes: float64 (crops, TRIES, 4), uniform in [0, 1)."""
-    key = tf.stack([tf.constant(seed, tf.int64), epoch * 2**32 + position])
-    return tf.random.stateless_uniform((crops, TRIES, 4), key, dtype=tf.float64)
+def draw(seed: int, epoch: int, first: int, count: int, crops: int) -> np.ndarray:
+    """The random numbers of the boxes of `count` images at neighbouring positions of an epoch.
+
+    Try t of crop c at position p is block number (p·crops + c)·TRIES + t of the counter-based
+    generator Philox4x64 whose key is (seed, epoch): any part of an epoch can be drawn by itself.
+
+    Returns:
+      float64 (count, crops, TRIES, 4), uniform in [0, 1).
+    """
+    bits = np.random.Philox(key=(seed, epoch), counter=first * crops * TRIES)
+    return np.random.Generator(bits).random((count, crops, TRIES, 4))
 
 
 def random_resized(draws: tf.Tensor, sizes: tf.Tensor, scales: np.ndarray) -> tf.Tensor:

@@ -23,7 +23,12 @@ tf.config.set_visible_devices([], 'GPU')  # they are the training's
 Batch = dict[str, np.ndarray]
 
 
-def train_batches(
+def train_batches(source: Source, data: ConfigDict, **kwargs) -> Iterator[Batch]:
+    """The batches of `train_dataset`, which has the arguments, as numpy arrays."""
+    return train_dataset(source, data, **kwargs).as_numpy_iterator()
+
+
+def train_dataset(
     source: Source,
     data: ConfigDict,
     *,
@@ -32,7 +37,7 @@ def train_batches(
     first_step: int,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> tf.data.Dataset:
     """This process's rows of the global batches of steps first_step, first_step + 1, … for ever.
 
     Step s of epoch e holds positions s·G … s·G + G - 1 of the epoch's permutation; what is left
@@ -47,11 +52,11 @@ def train_batches(
       process_index: which rows: process p of P supplies rows [p·G/P, (p+1)·G/P).
       process_count: P.
 
-    Yields:
-      image uint8 (B, canvas, canvas, channels), the picture in the top-left corner, 0 elsewhere;
-      size int32 (B, 2), the picture's height and width; boxes float32 (B, crops, 4) of y0, x0,
-      height, width in canvas pixels, the crops of group 0 first; weight float32 (B,), 0 for an
-      unreadable image; epoch, position, index int32 (B,).
+    Returns:
+      A dataset of batches of B = G/P rows: image uint8 (B, canvas, canvas, channels), the picture
+      in the top-left corner, 0 elsewhere; size int32 (B, 2), the picture's height and width; boxes
+      float32 (B, crops, 4) of y0, x0, height, width in canvas pixels, the crops of group 0 first;
+      weight float32 (B,), 0 for an unreadable image; epoch, position, index int32 (B,).
 
     Raises:
       UserError: the source holds fewer images than a batch, or the rows do not divide evenly.
@@ -70,6 +75,7 @@ def train_batches(
     steps_per_epoch = len(source) // global_batch
     scales = np.repeat(np.array(data.crop_scales, np.float64), data.num_crops, axis=0)
     look_up = functools.partial(_look_up, len(source), seed)
+    draw = functools.partial(boxes.draw, seed, count=rows, crops=len(scales))
 
     def samples(step: tf.Tensor) -> tf.data.Dataset:
         epoch = step // steps_per_epoch
@@ -84,16 +90,14 @@ def train_batches(
             }
         )
 
-    def draw(sample: Sample) -> Sample:
-        draws = boxes.draw(seed, sample['epoch'], sample['position'], len(scales))
-        return sample | {'draws': draws}
-
     def cut(batch: Sample) -> tf.Tensor:
-        return boxes.random_resized(batch.pop('draws'), batch['original_size'], scales)
+        first = [batch['epoch'][0], batch['position'][0]]
+        draws = tf.numpy_function(draw, first, tf.float64, stateful=False)
+        draws = tf.ensure_shape(draws, (rows, len(scales), boxes.TRIES, 4))
+        return boxes.random_resized(draws, batch['original_size'], scales)
 
     dataset = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max).flat_map(samples)
-    dataset = dataset.map(draw, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return _batches(dataset, source, rows, cut, data.canvas_size, data.channels)
+    return _batch(dataset, source, rows, cut, data.canvas_size, data.channels)
 
 
 def eval_batches(
@@ -119,18 +123,18 @@ def eval_batches(
     dataset = tf.data.Dataset.range(len(source)).map(
         lambda i: {'epoch': tf.zeros_like(i), 'position': i, 'index': i}
     )
-    batches = _batches(dataset, source, batch_size, cut, canvas_size, channels)
-    return (_fill(batch, batch_size) for batch in batches)
+    dataset = _batch(dataset, source, batch_size, cut, canvas_size, channels)
+    return (_fill(batch, batch_size) for batch in dataset.as_numpy_iterator())
 
 
-def _batches(
+def _batch(
     dataset: tf.data.Dataset,
     source: Source,
     rows: int,
     cut: Callable[[Sample], tf.Tensor],
     canvas_size: int,
     channels: int,
-) -> Iterator[Batch]:
+) -> tf.data.Dataset:
     """Adds pixels to samples, batches them onto canvases, and adds the boxes that `cut` finds."""
 
     def finish(batch: Sample) -> Sample:
@@ -146,7 +150,7 @@ def _batches(
     dataset = dataset.padded_batch(rows, shapes).map(finish).prefetch(2)
     options = tf.data.Options()
     options.deterministic = True
-    return dataset.with_options(options).as_numpy_iterator()
+    return dataset.with_options(options)
 
 
 def _fill(batch: Batch, rows: int) -> Batch:
