@@ -1,0 +1,287 @@
+"""The training step against a PyTorch run, on one device and on four, and its rules."""
+
+import json
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from golden_weights import state_dict
+from jax.sharding import PartitionSpec as P
+
+from swav_jax import config, models, optim, step, swav, torch_weights
+from swav_jax.mesh import AXES, BATCH, make_mesh, put
+from swav_jax.precision import LossScale
+
+FOLDER = Path(__file__).parent / 'golden'
+TRAJECTORY = np.load(FOLDER / 'trajectory.npz')
+META = json.loads(str(TRAJECTORY['meta']))
+
+
+class OneLayer(nn.Module):
+    """The least trunk that has all that a step has to care for; it compiles in a second."""
+
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.relu(self.norm(name='bn1')(self.conv(32, 3, 2, name='conv1')(x), train))
+        return x.mean((1, 2))
+
+
+def small_config(**changes):
+    """Three crops of 16 and 8 pixels and a small head, with changes by dotted name."""
+    c = config.default()
+    c.data.num_crops, c.data.size_crops = (2, 1), (16, 8)
+    c.data.batchsize_per_replica = 8
+    c.model.trunk.depth, c.model.trunk.width_multiplier, c.model.trunk.stem = 18, 0.0625, 'small'
+    c.model.head.dims, c.model.head.num_clusters = (0, 16, 8), (6,)
+    c.model.temp_frozen_params_iter_map = ()
+    c.optimizer.use_larc = False
+    with c.unlocked():
+        c.update_from_flattened_dict(changes)
+    return c
+
+
+def build(c, **kwargs):
+    """The network of a config, with `OneLayer` for trunks as narrow as `small_config`'s."""
+    net = models.build(c.model, **kwargs)
+    if c.model.trunk.width_multiplier == 1:
+        return net
+    return net.clone(trunk=OneLayer(net.trunk.conv, net.trunk.norm))
+
+
+def start(c, devices, *, rate=0.1, dtype=jnp.float32, queue_batches=0, batch=16):
+    """Mesh, network, optimizer and state for given crops, without any data."""
+    mesh = make_mesh(c.model.sync_bn, jax.devices()[:devices])
+    plain = build(c, dtype=dtype)
+    crops = [jnp.zeros((2, s, s, 3), dtype) for s in c.data.size_crops]
+    variables = jax.jit(lambda: plain.init(jax.random.key(0), crops, train=True))()
+    params = swav.normalize_prototypes(variables['params'])
+    tx = optim.make_optimizer(c.optimizer, rate, dict(c.model.temp_frozen_params_iter_map), params)
+    queue = None
+    if queue_batches:
+        num_assign = len(c.loss.crops_for_assign)
+        queue = swav.Queue.empty(num_assign, queue_batches, batch, c.model.head.dims[-1], dtype)
+    state = step.TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=variables['batch_stats'],
+        opt_state=tx.init(params),
+        queue=queue,
+        loss_scale=LossScale.initial(c.precision),
+    )
+    net = build(c, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
+    state = jax.tree.map(
+        lambda x, spec: put(mesh, x, spec), jax.device_get(state), step.state_specs(state)
+    )
+    return mesh, net, tx, state
+
+
+def make_update(c, mesh, net, tx, state):
+    """The compiled update from crops (per group (n, B, S, S, C)) and weights (B,)."""
+    specs = step.state_specs(state)
+
+    def update(state, crops, weights):
+        crops = [group.reshape(-1, *group.shape[2:]) for group in crops]
+        return step.update(net, tx, c, state, crops, weights)
+
+    crop_specs = [P(None, AXES)] * len(c.data.num_crops)
+    return jax.jit(
+        jax.shard_map(
+            update, mesh=mesh, in_specs=(specs, crop_specs, BATCH), out_specs=(specs, P())
+        )
+    )
+
+
+def random_crops(c, seed, batch=16, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return [
+        rng.standard_normal((n, batch, s, s, 3)).astype(dtype)
+        for n, s in zip(c.data.num_crops, c.data.size_crops, strict=True)
+    ]
+
+
+# Against PyTorch.
+
+
+def trajectory_config(meta):
+    c = small_config()
+    groups = list(zip(*meta['crops'], strict=True))
+    c.data.size_crops, c.data.num_crops = groups
+    c.model.trunk.depth = int(meta['arch'].removeprefix('resnet'))
+    c.model.trunk.width_multiplier, c.model.trunk.stem = 1.0, 'imagenet'
+    c.model.head.dims, c.model.head.num_clusters = tuple(meta['dims']), tuple(meta['K'])
+    c.model.head.use_bn = meta['use_bn']
+    c.model.temp_frozen_params_iter_map = (('head/prototypes0', meta['freeze']),)
+    c.loss.update(dict(epsilon=meta['eps'], temperature=meta['T'], num_iters=meta['it']))
+    c.optimizer.update(dict(use_larc=True, weight_decay=meta['wd'], momentum=meta['mom']))
+    c.optimizer.larc_config.trust_coefficient = meta['tc']
+    return c
+
+
+def digests(params, batch_stats):
+    """[sum, L2 norm, first, last] of every tensor in PyTorch's layout, by the golden names."""
+    tensors = torch_weights.to_torch(params, batch_stats, 'swav')
+    for name, value in tensors.items():
+        name = name.removeprefix('module.').replace('prototypes.', 'prototypes0.')
+        part = 'head' if name.startswith(('projection_head', 'prototypes')) else 'trunk'
+        if not name.endswith('num_batches_tracked'):
+            x = np.asarray(value, np.float64)
+            yield f'{part}.{name}', np.array([x.sum(), np.linalg.norm(x), x.flat[0], x.flat[-1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize('name', META)
+def test_training_equals_pytorchs_to_rounding_in_float64(name, devices, tmp_path):
+    meta = META[name]
+    c = trajectory_config(meta)
+    with jax.enable_x64(True):
+        rates = jnp.array(meta['lr'])
+        mesh, net, tx, state = start(c, devices, rate=lambda count: rates[count], dtype=jnp.float64)
+        params, batch_stats = jax.device_get((state.params, state.batch_stats))
+        shapes = torch_weights.to_torch(params, batch_stats, 'swav')
+        golden = state_dict(
+            {
+                n.removeprefix('module.').replace('prototypes.', 'prototypes0.'): v.shape
+                for n, v in shapes.items()
+            }
+        )
+        torch_weights.write(tmp_path / 'golden.pth', golden)
+        params, batch_stats = torch_weights.load_into(params, batch_stats, tmp_path / 'golden.pth')
+        params = swav.normalize_prototypes(params)
+        state = state.replace(params=put(mesh, params), batch_stats=put(mesh, batch_stats))
+        update = make_update(c, mesh, net, tx, state)
+        for t in range(meta['steps']):
+            crops = golden_crops(meta, t)
+            state, metrics = update(state, crops, np.ones(meta['B'], np.float32))
+            np.testing.assert_allclose(metrics['loss'], TRAJECTORY[f'{name}/losses'][t], rtol=1e-9)
+        for entry, found in digests(*jax.device_get((state.params, state.batch_stats))):
+            expected = TRAJECTORY[f'{name}/final/{entry}']
+            np.testing.assert_allclose(found, expected, atol=1e-8 * expected[1], err_msg=entry)
+
+
+def golden_crops(meta, t):
+    rng = np.random.default_rng([0, zlib.crc32(meta['arch'].encode()), t])
+    return [rng.standard_normal((n, meta['B'], s, s, 3)) for s, n in meta['crops']]
+
+
+# Rules of the step.
+
+
+@pytest.mark.parametrize('changes', [{}, {'loss.queue.queue_length': 32}])
+def test_devices_share_one_training(changes):
+    """A plain port of pmap doubles the gradient on two devices, and nothing else shows it."""
+    c = small_config(**changes)
+    losses, norms = [], []
+    for devices in (1, 2, 8):
+        mesh, net, tx, state = start(c, devices, queue_batches=2 if changes else 0)
+        update = make_update(c, mesh, net, tx, state)
+        path = []
+        for t in range(4):
+            state, metrics = update(state, random_crops(c, t), np.ones(16, np.float32))
+            path.append(metrics['loss'])
+        losses.append(path)
+        norms.append(optax.tree.norm(state.params))
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-4)
+    np.testing.assert_allclose(norms[1:], norms[0], rtol=1e-5)
+
+
+def test_an_image_of_weight_0_changes_no_code_or_prediction():
+    """Only BatchNorm still sees it: without BatchNorm the loss is that of the other images."""
+    c = small_config(**{'model.head.use_bn': False})
+    weights = np.array([1.0] * 12 + [0.0] * 4, np.float32)
+    losses = []
+    for devices in (1, 4):  # on four, the last one holds no image that counts
+        mesh, net, tx, state = start(c, devices)
+        update = make_update(c, mesh, net, tx, state)
+        _, metrics = update(state, random_crops(c, 0), weights)
+        losses.append(metrics['loss'])
+        assert metrics['bad_images'] == 4
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+def test_queue_fills_from_start_iter_and_keeps_embeddings():
+    c = small_config(**{'loss.queue.start_iter': 1})
+    mesh, net, tx, state = start(c, 2, queue_batches=2)
+    update = make_update(c, mesh, net, tx, state)
+    filled = []
+    for t in range(4):
+        state, _ = update(state, random_crops(c, t), np.ones(16, np.float32))
+        filled.append(int(state.queue.filled))
+    assert filled == [0, 1, 2, 2]
+    np.testing.assert_allclose(np.linalg.norm(state.queue.embeddings, axis=-1), 1, rtol=1e-5)
+
+
+def test_neighbouring_groups_of_equal_size_are_one_trunk_pass():
+    """BatchNorm's running statistics move once per resolution, as in VISSL."""
+    apart = small_config(**{'data.num_crops': (1, 1), 'data.size_crops': (16, 16)})
+    together = small_config(**{'data.num_crops': (2,), 'data.size_crops': (16,)})
+    crops = random_crops(together, 0)
+    results = []
+    for c, groups in ((apart, [crops[0][:1], crops[0][1:]]), (together, crops)):
+        mesh, net, tx, state = start(c, 1)
+        state, metrics = make_update(c, mesh, net, tx, state)(
+            state, groups, np.ones(16, np.float32)
+        )
+        results.append((metrics['loss'], state.batch_stats['trunk']['bn1']['mean']))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), *results)
+
+
+def test_an_overflow_skips_the_update_on_all_devices():
+    c = small_config(precision='float16')
+    mesh, net, tx, state = start(c, 2, queue_batches=1)
+    update = make_update(c, mesh, net, tx, state)
+    crops = random_crops(c, 0)
+    crops[0][0, 0] = np.inf  # one image, on the first device
+    after, metrics = update(state, crops, np.ones(16, np.float32))
+    assert int(metrics['overflows']) == 1
+    assert float(after.loss_scale.scale) == 2.0**15
+    assert int(after.step) == 1
+    for part in ('params', 'batch_stats', 'opt_state', 'queue'):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(state, part))
+
+
+def test_loss_scale_doubles_after_2000_good_steps_and_stays_in_bounds():
+    scale = LossScale.initial('float16')
+    for _ in range(1999):
+        scale = scale._replace(good_steps=scale.good_steps + 1)
+    assert float(scale.adjust(jnp.array(True)).scale) == 2.0**17
+    low = scale._replace(scale=jnp.float32(1.0)).adjust(jnp.array(False))
+    assert float(low.scale) == 1.0 and int(low.good_steps) == 0
+
+
+def test_metrics_of_a_collapse():
+    """Equal embeddings, all nearest to one prototype: what the health metrics are there to show."""
+    mesh = make_mesh({'enabled': True, 'group_size': 0}, jax.devices()[:2])
+    embeddings = jnp.ones((2, 8, 4)) / 2
+    scores = jnp.tile(jnp.array([0.1, 0.9, 0.2]), (3 * 8, 1))
+    codes = jnp.full((2, 8, 3), 1 / 3)
+
+    def health(embeddings, scores, codes):
+        settings = {'num_crops': 3, 'crops_for_assign': (0, 1)}
+        loss = jax.lax.pcast(jnp.float32(2.0), AXES, to='varying')
+        weights = jax.lax.pcast(jnp.ones(4), AXES, to='varying')
+        return step.health(loss, embeddings, scores, codes, weights, settings)
+
+    specs = (P(None, AXES), P(AXES), P(None, AXES))
+    found = jax.shard_map(health, mesh=mesh, in_specs=specs, out_specs=P())(
+        embeddings, scores, codes
+    )
+    expected = dict(
+        loss=2.0,
+        code_entropy=np.log(3),
+        active_prototypes=1,
+        largest_prototype_share=1.0,
+        embedding_std=0.0,
+        bad_images=0,
+    )
+    assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, abs=1e-6)
