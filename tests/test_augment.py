@@ -233,33 +233,37 @@ def test_strength_above_one_is_cut_at_zero():
     assert 0 <= drawn.factors[:, 0].min() < 0.01 and 2.4 < drawn.factors[:, 0].max() <= 2.5
 
 
-def small_batch(rows=8, channels=3, canvas=40):
+def crop_settings(channels=3, num_crops=(2, 3), size_crops=(24, 12)):
     data = default().data
-    data.update(num_crops=(2, 3), size_crops=(24, 12), canvas_size=canvas, channels=channels)
+    data.update(num_crops=num_crops, size_crops=size_crops, canvas_size=40, channels=channels)
     data.update(mean=(0.4,) * channels, std=(0.2,) * channels)
-    data.crop_scales = ((0.2, 1.0), (0.05, 0.2))
+    return data
+
+
+def small_batch(rows=8, channels=3, crops=5):
     rng = np.random.default_rng(0)
-    boxes = rng.uniform((0, 0, 8, 8), (20, 20, 20, 20), (rows, 5, 4))
-    batch = {
-        'image': np.stack([photo(canvas, canvas, channels, seed) for seed in range(rows)]),
-        'size': np.full((rows, 2), canvas, np.int32),
+    boxes = rng.uniform((0, 0, 8, 8), (20, 20, 20, 20), (rows, crops, 4))
+    return {
+        'image': np.stack([photo(40, 40, channels, seed) for seed in range(rows)]),
+        'size': np.full((rows, 2), 40, np.int32),
         'boxes': boxes.astype(np.float32),
         'epoch': np.full(rows, 3, np.int32),
         'position': np.arange(10, 10 + rows, dtype=np.int32),
     }
-    return batch, data
 
 
-def renderer(data, **kwargs):
-    config = default().augment
-    render = functools.partial(augment.multi_crop, seed=5, data=data, augment=config, **kwargs)
-    return jax.jit(render)
+@functools.cache
+def renderer(channels=3):
+    return jax.jit(
+        functools.partial(
+            augment.multi_crop, seed=5, data=crop_settings(channels), augment=default().augment
+        )
+    )
 
 
 @pytest.mark.parametrize('channels', [1, 3, 2])
 def test_multi_crop_shapes_and_order(channels):
-    batch, data = small_batch(channels=channels)
-    render = renderer(data)
+    batch, render = small_batch(channels=channels), renderer(channels)
     large, small = render(batch)
     assert large.shape == (16, 24, 24, channels) and small.shape == (24, 12, 12, channels)
     # Rolled by three rows, the crops of an image are found at its new place in every crop's block.
@@ -270,10 +274,9 @@ def test_multi_crop_shapes_and_order(channels):
 
 
 def test_multi_crop_draws_depend_on_seed_epoch_position_and_crop():
-    batch, data = small_batch()
+    batch, render = small_batch(), renderer()
     batch['image'][:] = batch['image'][:1]
     batch['boxes'][:] = batch['boxes'][:1, :1]
-    render = renderer(data)
     large, _ = render(batch)
     assert len({np.asarray(crop).tobytes() for crop in large}) == 16
     again, _ = render(batch)
@@ -284,36 +287,43 @@ def test_multi_crop_draws_depend_on_seed_epoch_position_and_crop():
 
 
 def test_multi_crop_without_distortions_is_cut():
-    batch, data = small_batch()
+    batch = small_batch(crops=2)
     config = default().augment
     config.update(dict.fromkeys(('flip_p', 'color_jitter_p', 'grayscale_p', 'blur_p'), 0.0))
+    data = crop_settings(num_crops=(2,), size_crops=(24,))
     render = functools.partial(augment.multi_crop, seed=0, data=data, augment=config)
-    large, _ = jax.jit(render)(batch)
+    (crops,) = jax.jit(render)(batch)
     expected = augment.cut(jnp.array(batch['image'][2]), jnp.array(batch['boxes'][2, 1]), 24)
-    np.testing.assert_allclose(large[8 + 2], (expected - 0.4) / 0.2, atol=1e-4)
+    np.testing.assert_allclose(crops[8 + 2], (expected - 0.4) / 0.2, atol=1e-4)
 
 
-def test_multi_crop_in_bfloat16_rounds_once():
-    batch, data = small_batch()
-    exact = renderer(data)(batch)
-    for ours, theirs in zip(renderer(data, dtype=jnp.bfloat16)(batch), exact, strict=True):
-        assert ours.dtype == jnp.bfloat16
-        np.testing.assert_allclose(ours, theirs.astype(jnp.bfloat16), rtol=1e-2, atol=1e-2)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_multi_crop_comes_in_the_type_that_was_asked_for(dtype):
+    render = functools.partial(
+        augment.multi_crop, seed=0, data=crop_settings(), augment=default().augment, dtype=dtype
+    )
+    assert [crops.dtype for crops in jax.eval_shape(render, small_batch())] == [dtype] * 2
 
 
 def test_multi_crop_is_the_same_on_eight_devices():
-    batch, data = small_batch(rows=16)
+    batch = small_batch(rows=16, channels=1, crops=2)
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ('group', 'member'))
+    data = crop_settings(channels=1, num_crops=(1, 1), size_crops=(12, 8))
     render = functools.partial(augment.multi_crop, seed=5, data=data, augment=default().augment)
     rows = PartitionSpec(('group', 'member'))
     sharded = jax.jit(
-        jax.shard_map(
-            lambda batch: [x.reshape(-1, 2, *x.shape[1:]) for x in render(batch)],
-            mesh=mesh,
-            in_specs=rows,
-            out_specs=PartitionSpec(None, ('group', 'member')),
-            check_vma=True,
-        )
+        jax.shard_map(render, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=True)
     )(batch)
     for ours, alone in zip(sharded, jax.jit(render)(batch), strict=True):
-        np.testing.assert_allclose(ours.reshape(alone.shape), alone, atol=1e-5)
+        np.testing.assert_allclose(ours, alone, atol=1e-5)
+
+
+def test_three_channels_trace_under_shard_map():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ('member',))
+    render = functools.partial(
+        augment.multi_crop, seed=5, data=crop_settings(), augment=default().augment
+    )
+    rows = PartitionSpec('member')
+    sharded = jax.shard_map(render, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=True)
+    large, _ = jax.eval_shape(sharded, small_batch())
+    assert large.shape == (16, 24, 24, 3)

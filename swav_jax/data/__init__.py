@@ -2,9 +2,9 @@
 
 import os
 
-# TensorFlow reads these as it is imported. Its log greets the user with pages of plug-ins, and oneDNN
-# with two lines more that no log level hides. With malloc, every batch of 50 MB is new memory that
-# the kernel has to clear, which costs half as much as the decoding.
+# TensorFlow reads these as it is imported. Its log greets the user with pages of plug-ins, and
+# oneDNN adds two lines that no log level hides. With malloc, every batch of 50 MB is new memory
+# that the kernel has to clear, which costs half as much as the decoding.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 os.environ.setdefault('TF_CPU_ALLOCATOR_USE_BFC', '1')
