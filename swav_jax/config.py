@@ -25,7 +25,7 @@ def default() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.source = ''  # 'demo', 'folder:/path', …: see swav_jax/data/sources.py
-    config.data.limit = 0  # use the first N images only (0: all of them)
+    config.data.limit = 0  # use so many images, spread evenly over the source (0: all)
     config.data.batchsize_per_replica = 64
     config.data.canvas_size = 512  # images are decoded onto a uint8 square of this side
     config.data.channels = 3
