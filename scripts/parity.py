@@ -1,0 +1,220 @@
+"""Train a PyTorch twin beside swav_jax, from the same weights on the same crops, and compare.
+
+    python scripts/parity.py [--arch resnet18] [--steps 10] [--precision float64] [--batch 8]
+
+The twin is torchvision's model, SwAV's head and loss, LARC and SGD, all written here in plain
+PyTorch, so that what it computes can be read on one page. Every step prints both losses, and how
+far the parameters have drifted apart. Float64 should agree to rounding. In float32 the two orders of
+summation differ by 1e-7, and training multiplies the difference.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torchvision
+from jax.sharding import PartitionSpec as P
+
+from swav_jax import config as settings
+from swav_jax import models, optim, step, swav, torch_weights
+from swav_jax.mesh import AXES, BATCH, make_mesh, put
+
+CROPS = ((64, 2), (32, 2))  # size, number
+PROTOTYPES, HIDDEN, DIM, FROZEN_STEPS = 30, 64, 16, 2
+TRUNKS = {
+    'resnet18': dict(depth=18),
+    'resnet34': dict(depth=34),
+    'resnet50': dict(depth=50),
+    'resnet101': dict(depth=101),
+    'resnext50_32x4d': dict(depth=50, groups=32, width_per_group=4),
+    'regnet_y_400mf': dict(name='regnet_y_400mf'),
+    'regnet_y_800mf': dict(name='regnet_y_800mf'),
+}
+
+
+class Twin(torch.nn.Module):
+    """SwAV in PyTorch: trunk, projection head, prototypes."""
+
+    def __init__(self, arch, width):
+        super().__init__()
+        self.trunk = torchvision.models.get_model(arch)
+        self.trunk.fc = torch.nn.Identity()
+        self.projection_head = torch.nn.Sequential(
+            torch.nn.Linear(width, HIDDEN),
+            torch.nn.BatchNorm1d(HIDDEN),
+            torch.nn.ReLU(),
+            torch.nn.Linear(HIDDEN, DIM),
+        )
+        self.prototypes = torch.nn.Linear(DIM, PROTOTYPES, bias=False)
+
+    def forward(self, crops):
+        """Scores of all crops, crop-major."""
+        features = torch.cat([self.trunk(group) for group in crops])
+        embeddings = torch.nn.functional.normalize(self.projection_head(features))
+        return self.prototypes(embeddings)
+
+    @torch.no_grad()
+    def normalize_prototypes(self):
+        """Every prototype at length 1."""
+        self.prototypes.weight.copy_(torch.nn.functional.normalize(self.prototypes.weight))
+
+
+def twin_loss(scores, batch, epsilon, temperature, num_iters):
+    """Swapped prediction between the first two crops' codes and all other crops."""
+    crops = scores.split(batch)
+    log_p = [torch.log_softmax(s / temperature, 1) for s in crops]
+    loss = 0
+    for a in (0, 1):
+        with torch.no_grad():
+            q = torch.exp(crops[a] / epsilon)
+            for _ in range(num_iters):
+                q /= q.sum(0)
+                q /= q.sum(1, keepdim=True)
+        others = [p for v, p in enumerate(log_p) if v != a]
+        loss -= sum((q * p).sum(1).mean() for p in others) / len(others)
+    return loss / 2
+
+
+@torch.no_grad()
+def twin_update(model, buffers, lr, optimizer, frozen):
+    """LARC as NVIDIA apex scales the gradients, then SGD with momentum."""
+    decay, larc = optimizer.weight_decay, optimizer.larc_config
+    for name, p in model.named_parameters():
+        if name in frozen:
+            continue
+        g, p_norm, g_norm = p.grad, p.norm(), p.grad.norm()
+        if p_norm > 0 and g_norm > 0:
+            rate = larc.trust_coefficient * p_norm / (g_norm + decay * p_norm + larc.eps)
+            g = (g + decay * p) * rate
+        buffers[name] = optimizer.momentum * buffers.get(name, 0) + g
+        p -= lr * buffers[name]
+
+
+def make_config(arch):
+    """Our settings of the same training."""
+    config = settings.default()
+    config.data.size_crops, config.data.num_crops = zip(*CROPS, strict=True)
+    config.model.trunk.update(TRUNKS[arch])
+    config.model.head.dims = (0, HIDDEN, DIM)
+    config.model.head.num_clusters = (PROTOTYPES,)
+    config.model.temp_frozen_params_iter_map = (('head/prototypes0', FROZEN_STEPS),)
+    return config
+
+
+def drift(ours, twin):
+    """Largest distance of a tensor from its twin, relative to the tensor's length."""
+    worst, where = 0.0, ''
+    for name, tensor in twin.items():
+        if name.endswith('num_batches_tracked'):
+            continue
+        theirs = tensor.detach().double().numpy()
+        distance = np.linalg.norm(ours[name] - theirs) / max(np.linalg.norm(theirs), 1e-12)
+        if distance > worst:
+            worst, where = distance, name
+    return worst, where
+
+
+def ours_as_torch(state):
+    """Our weights under the twin's names."""
+    params, stats = jax.device_get((state.params, state.batch_stats))
+    tensors = torch_weights.to_torch(params, stats, 'swav')
+    head = ('projection_head', 'prototypes')
+    names = {name: name.removeprefix('module.') for name in tensors}
+    return {
+        (short if short.startswith(head) else f'trunk.{short}'): tensors[name]
+        for name, short in names.items()
+    }
+
+
+def main():
+    """Parse, train both, print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--arch', choices=sorted(TRUNKS), default='resnet18')
+    parser.add_argument('--steps', type=int, default=10)
+    parser.add_argument('--precision', choices=('float32', 'float64'), default='float64')
+    parser.add_argument('--batch', type=int, default=8)
+    args = parser.parse_args()
+    jax.config.update('jax_enable_x64', args.precision == 'float64')
+    dtype = np.dtype(args.precision)
+
+    config = make_config(args.arch)
+    mesh = make_mesh(config.model.sync_bn, jax.devices()[:1])
+    net = models.build(config.model, dtype=dtype)
+    example = [jnp.zeros((2, size, size, 3), dtype) for size, _ in CROPS]
+    variables = jax.jit(lambda: net.init(jax.random.key(0), example, train=True))()
+    params = swav.normalize_prototypes(variables['params'])
+    rates = np.linspace(0.3, 1.2, args.steps)
+    tx = optim.make_optimizer(
+        config.optimizer,
+        lambda count: jnp.asarray(rates, dtype)[count],
+        dict(config.model.temp_frozen_params_iter_map),
+        params,
+    )
+    state = step.TrainState(
+        step=jnp.int32(0),
+        params=params,
+        batch_stats=variables['batch_stats'],
+        opt_state=tx.init(params),
+        queue=None,
+        loss_scale=None,
+    )
+    state = put(mesh, jax.device_get(state))
+
+    twin = Twin(args.arch, models.trunk_output_dim(config.model.trunk)).to(
+        getattr(torch, args.precision)
+    )
+    twin.load_state_dict({n: torch.tensor(v) for n, v in ours_as_torch(state).items()})
+    buffers = {}
+
+    net = models.build(config.model, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
+    specs = step.state_specs(state)
+    update = jax.jit(
+        jax.shard_map(
+            lambda state, crops, weights: step.update(
+                net, tx, config, state, [c.reshape(-1, *c.shape[2:]) for c in crops], weights
+            ),
+            mesh=mesh,
+            in_specs=(specs, [P(None, AXES)] * len(CROPS), BATCH),
+            out_specs=(specs, P()),
+        )
+    )
+
+    print(f'{args.arch}, {args.precision}, batch {args.batch}, crops {CROPS}, LARC')
+    print('step   PyTorch loss      our loss          difference   largest drift of a tensor')
+    for t in range(args.steps):
+        rng = np.random.default_rng(t)
+        crops = [
+            rng.standard_normal((n, args.batch, size, size, 3)).astype(dtype) for size, n in CROPS
+        ]
+        twin.zero_grad()
+        groups = [torch.tensor(c).flatten(0, 1).movedim(-1, 1) for c in crops]
+        loss = twin_loss(
+            twin(groups),
+            args.batch,
+            config.loss.epsilon,
+            config.loss.temperature,
+            config.loss.num_iters,
+        )
+        loss.backward()
+        frozen = ('prototypes.weight',) if t < FROZEN_STEPS else ()
+        twin_update(twin, buffers, rates[t], config.optimizer, frozen)
+        twin.normalize_prototypes()
+
+        state, metrics = update(state, crops, np.ones(args.batch, np.float32))
+        ours, theirs = float(metrics['loss']), loss.item()
+        worst, where = drift(ours_as_torch(state), twin.state_dict())
+        print(
+            f'{t:4d}   {theirs:<16.12f}  {ours:<16.12f}  {abs(ours / theirs - 1):<10.1e}   '
+            f'{worst:.1e}  {where}'
+        )
+
+
+if __name__ == '__main__':
+    main()
