@@ -15,6 +15,7 @@ from torchvision.transforms import functional
 
 from swav_jax import augment
 from swav_jax.config import default
+from swav_jax.data import pipeline, sources
 
 LEVEL = 1 / 255
 
@@ -81,25 +82,21 @@ def test_cut_of_a_fractional_box_moves_continuously():
         assert_close(ours, whole, 0.5, 2)
 
 
-@pytest.mark.parametrize('height, width', [(375, 500), (500, 375), (300, 300)])
-def test_center_crop_is_torchvisions(height, width):
-    image = photo(height, width)
-    resized = functional.resize(Image.fromarray(image), 128)
-    expected = np.asarray(functional.center_crop(resized, 112)) / 255
+@pytest.mark.parametrize('resize, size', [(128, 112), (64, 64), (200, 97)])
+def test_center_crop_of_files_is_torchvisions(tmp_path, resize, size):
+    for i, shape in enumerate([(375, 500), (500, 333), (300, 300), (71, 500), (90, 91)]):
+        Image.fromarray(photo(*shape, seed=i)).save(tmp_path / f'{i}.png')
+    source = sources.open_source(f'folder:{tmp_path}', channels=3)
+    (batch,) = pipeline.eval_batches(
+        source, canvas_size=512, channels=3, resize=resize, size=size, batch_size=len(source)
+    )
     data = default().data
-    canvas = np.zeros((512, 512, 3), np.uint8)
-    canvas[:height, :width] = image
-    scale = min(height, width) / 128
-    top, left = round((resized.height - 112) / 2), round((resized.width - 112) / 2)
-    down, right = height / resized.height, width / resized.width
-    assert abs(down - scale) < 0.02
-    batch = {
-        'image': jnp.array(canvas)[None],
-        'boxes': jnp.array([[[top * down, left * right, 112 * down, 112 * right]]], jnp.float32),
-        'size': jnp.array([[height, width]]),
-    }
-    ours = augment.center_crop(batch, size=112, data=data)[0]
-    assert_close(ours * np.array(data.std) + np.array(data.mean), expected, 0.1, 1.01)
+    ours = augment.center_crop(batch, size=size, data=data)
+    for i in range(len(source)):
+        with Image.open(source.name(i)) as image:
+            expected = functional.center_crop(functional.resize(image, resize), size)
+        pixels = ours[i] * np.array(data.std) + np.array(data.mean)
+        assert_close(pixels, np.asarray(expected) / 255, 0.1, 1.01)
 
 
 FACTORS = [

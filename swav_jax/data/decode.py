@@ -75,7 +75,7 @@ def add_pixels(
 def _reader(source: Source) -> Callable[[tf.Tensor], tf.Tensor]:
     """From an image's number to its encoded bytes, in the graph."""
     if isinstance(source, FileSource):
-        paths = tf.constant([os.fsencode(path) for path in source.paths])
+        paths = tf.constant([os.fsencode(path) for path in source.paths], tf.string)
         return lambda index: tf.io.read_file(tf.gather(paths, index))
     return lambda index: tf.ensure_shape(
         tf.numpy_function(source.read, [index], tf.string, stateful=False), ()
