@@ -4,7 +4,7 @@
 
 The twin is torchvision's model, SwAV's head and loss, LARC and SGD, all written here in plain
 PyTorch, so that what it computes can be read on one page. Every step prints both losses, and how
-far the parameters have drifted apart. Float64 should agree to rounding. In float32 the two orders of
+far the parameters have drifted apart. Float64 agrees to rounding. In float32 the two orders of
 summation differ by 1e-7, and training multiplies the difference.
 """
 
