@@ -296,8 +296,13 @@ class Evaluation:
         self.config, self.net, self.mesh = config, net, mesh
         train, test = config.evaluate.train_source, config.evaluate.test_source
         limit = 0 if test else self.pictured
-        self.test = open_data(config, test or config.data.source, workdir, limit=limit)
-        self.train = open_data(config, train, workdir) if train and test else None
+        where = 'config.evaluate.{}_source'.format
+        self.test = open_data(
+            config, test or config.data.source, workdir, limit=limit, setting=where('test')
+        )
+        self.train = (
+            open_data(config, train, workdir, setting=where('train')) if train and test else None
+        )
         for source in filter(None, (self.train, self.test if self.train else None)):
             if source.labels is None:
                 raise UserError(
