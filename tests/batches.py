@@ -1,0 +1,28 @@
+"""Training batches of small sources, for the tests of the input."""
+
+import itertools
+
+from swav_jax.config import default
+from swav_jax.data import pipeline, sources
+
+
+def settings(canvas=28, channels=1):
+    data = default().data
+    data.update(canvas_size=canvas, channels=channels, num_crops=(2, 3))
+    return data
+
+
+def first_batches(source, count, *, data=None, seed=0, global_batch=8, first_step=0, **kwargs):
+    batches = pipeline.train_batches(
+        source,
+        data or settings(),
+        seed=seed,
+        global_batch=global_batch,
+        first_step=first_step,
+        **kwargs,
+    )
+    return list(itertools.islice(batches, count))
+
+
+def demo(limit=0):
+    return sources.open_source('demo', limit=limit, channels=1)
