@@ -45,16 +45,16 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
       UserError: a setting, the data or the folder cannot work.
     """
     settings.validate(config)
+    if config.loss.use_double_precision and not jax.config.jax_enable_x64:
+        raise UserError(
+            'config.loss.use_double_precision=True needs float64, which JAX leaves off: '
+            'set JAX_ENABLE_X64=True in the environment'
+        )
     workdir = open_workdir(workdir)
     mesh = meshes.make_mesh(config.model.sync_bn)
     source = open_data(config, config.data.source, workdir, limit=config.data.limit)
     sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
-    schedule = optim.learning_rate(
-        config.optimizer.param_schedulers.lr,
-        batch_size=sizes.batch_size,
-        total_steps=sizes.total_steps,
-        steps_per_epoch=sizes.steps_per_epoch,
-    )
+    schedule = make_schedule(config, sizes)
     net, tx, state = make_state(config, sizes, schedule, mesh)
     evaluation = Evaluation(config, net, mesh, workdir)
 
@@ -140,10 +140,10 @@ def open_workdir(workdir: str | Path) -> Path:
     return path
 
 
-def open_data(config: ConfigDict, source: str, workdir: Path, *, limit: int = 0) -> sources.Source:
+def open_data(config: ConfigDict, source: str, workdir: Path, **kwargs: Any) -> sources.Source:
     """The images that a source stands for; long listings are kept beside the run."""
     return sources.open_source(
-        source, limit=limit, channels=config.data.channels, cache_dir=str(workdir)
+        source, channels=config.data.channels, cache_dir=str(workdir), **kwargs
     )
 
 
@@ -162,6 +162,23 @@ def describe(config: ConfigDict, results: Results) -> dict[str, Any]:
         'version': swav_jax.__version__,
         'results': results,
     }
+
+
+def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
+    """The learning rate as a function of the step.
+
+    Raises:
+      UserError: the schedule is not known or its pieces do not fit.
+    """
+    try:
+        return optim.learning_rate(
+            config.optimizer.param_schedulers.lr,
+            batch_size=sizes.batch_size,
+            total_steps=sizes.total_steps,
+            steps_per_epoch=sizes.steps_per_epoch,
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(f'config.optimizer.param_schedulers.lr: {error}') from error
 
 
 def make_state(

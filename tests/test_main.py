@@ -1,0 +1,228 @@
+"""The command line as a user meets it: real processes, real JPEGs, real kills."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from swav_jax.main import main
+
+ROOT = Path(__file__).parent.parent
+
+TINY = (
+    '--config.data.batchsize_per_replica=4',
+    '--config.data.limit=32',
+    '--config.data.num_crops=(2,)',
+    '--config.data.size_crops=(16,)',
+    '--config.data.crop_scales=((0.4,1.0),)',
+    '--config.model.trunk.width_multiplier=0.03125',
+    '--config.model.head.dims=(0,8,4)',
+    '--config.model.head.num_clusters=(5,)',
+    '--config.evaluate.train_source=',
+    '--config.evaluate.test_source=',
+    '--config.train.log_every_steps=1',
+)
+
+
+def command(workdir, *flags, config='configs/demo.py'):
+    return [
+        sys.executable,
+        '-m',
+        'swav_jax.main',
+        f'--config={config}',
+        f'--workdir={workdir}',
+        *flags,
+    ]
+
+
+def environment():
+    """One CPU device, and no warning that a user would have to see."""
+    return os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+
+
+def run(workdir, *flags, **kwargs):
+    return subprocess.run(
+        command(workdir, *flags, **kwargs),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    """An ImageFolder of JPEGs of several sizes, with noise at all scales like a photograph's."""
+    root = tmp_path_factory.mktemp('photographs')
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        folder = root / f'class{i % 3}'
+        folder.mkdir(exist_ok=True)
+        height, width = rng.integers(40, 90, 2)
+        scales = [rng.uniform(0, 255, (s, s, 3)).astype(np.uint8) for s in (2, 5, 12)]
+        layers = [np.asarray(Image.fromarray(x).resize((width, height)), float) for x in scales]
+        Image.fromarray(np.mean(layers, 0).astype(np.uint8)).save(folder / f'{i}.JPEG')
+    return root
+
+
+@pytest.mark.slow
+def test_the_imagenet_recipe_trains_on_a_folder_of_photographs(photographs, tmp_path):
+    done = run(
+        tmp_path,
+        f'--config.data.source=folder:{photographs}',
+        '--config.data.batchsize_per_replica=4',
+        '--config.data.canvas_size=64',
+        '--config.data.size_crops=(32,16)',
+        '--config.model.trunk.depth=18',
+        '--config.optimizer.num_epochs=100',
+        '--config.train.max_steps=3',
+        '--config.train.log_every_steps=1',
+        config='configs/swav_r50.py',
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ''
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written >= {
+        'config.json', 'metrics.jsonl', 'summary.json', 'checkpoints', 'tensorboard', 'loss.png',
+        'prototypes.png',
+    }  # fmt: skip
+    found = rows(tmp_path)
+    assert [row['step'] for row in found] == [1, 2, 3]
+    assert set(found[0]) >= {
+        'step', 'epoch', 'loss', 'lr', 'images_per_second', 'data_wait', 'loss_over_ln_k',
+        'active_prototypes', 'code_entropy', 'embedding_std',
+    }  # fmt: skip
+    np.testing.assert_allclose([row['lr'] for row in found], 4 / 256 * 0.3 / 16, rtol=0.1)
+    assert json.loads((tmp_path / 'config.json').read_text())['loss']['epsilon'] == 0.05
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    flags = (*TINY, '--config.checkpoint.every_steps=1', '--config.optimizer.num_epochs=8')
+    whole = run(tmp_path / 'whole', *flags)
+    assert whole.returncode == 0, whole.stderr
+
+    victim = subprocess.Popen(
+        command(tmp_path / 'killed', *flags),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    folder = tmp_path / 'killed' / 'checkpoints'
+    deadline = time.monotonic() + 300
+    while not any(p.name.isdigit() and int(p.name) > 5 for p in folder.glob('*')):
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+
+    again = run(tmp_path / 'killed', *flags)
+    assert again.returncode == 0, again.stderr
+    assert 'going on from step' in again.stdout
+    expected, found = rows(tmp_path / 'whole'), rows(tmp_path / 'killed')
+    assert [row['step'] for row in found] == [row['step'] for row in expected] == [*range(1, 65)]
+    assert [row['loss'] for row in found] == [row['loss'] for row in expected]
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ('', '--config is missing'),
+        ('--config=configs/none.py', 'configs/none.py: there is no such file'),
+        ('--config=configs/swav_r50.py:7', "'7'"),
+        ('--config=configs/demo.py', '--workdir is missing'),
+        ('DEMO --wrokdir=x', 'wrokdir'),
+        ('DEMO epsilon=3', "'epsilon=3' is not a flag"),
+        ('DEMO --config.loss.temprature=0.2', 'the nearest one is --config.loss.temperature'),
+        ('DEMO --config.loss.epsilon=small', '--config.loss.epsilon=small'),
+        ('DEMO --config.loss.epsilon=0', 'config.loss.epsilon=0.0: must be a number above 0'),
+        ('DEMO --config.loss.temperature=-1', 'config.loss.temperature=-1'),
+        ('DEMO --config.loss.num_iters=0', 'config.loss.num_iters=0'),
+        ('DEMO --config.loss.crops_for_assign=(0,6)', 'must be different indices of the 6 crops'),
+        ('DEMO --config.loss.crops_for_assign=()', 'at least one'),
+        ('DEMO --config.data.num_crops=(1,0)', 'config.data.num_crops'),
+        ('DEMO --config.data.size_crops=(28,)', 'config.data.size_crops'),
+        ('DEMO --config.data.crop_scales=((0.4,1.2),(0.2,0.4))', 'config.data.crop_scales'),
+        ('DEMO --config.data.mean=(0.5,0.5,0.5)', 'config.data.mean'),
+        ('DEMO --config.precision=float8', 'config.precision'),
+        ('DEMO --config.optimizer.name=adam', 'one of sgd, lars'),
+        ('DEMO --config.optimizer.param_schedulers.lr.lengths=(0.1,0.8)', 'sum to 0.9'),
+        (
+            'DEMO --config.data.batchsize_per_replica=20000',
+            'config.data.batchsize_per_replica=20000',
+        ),
+        ('DEMO --config.loss.queue.queue_length=63', 'less than the global batch of 512'),
+        ('DEMO --config.loss.use_double_precision=True', 'JAX_ENABLE_X64'),
+        ('DEMO --config.model.head.dims=(65,8)', '65'),
+        ('DEMO --config.model.temp_frozen_params_iter_map=(("protos",5),)', "'protos' fits none"),
+        ('DEMO --config.model.sync_bn.group_size=3', 'does not divide the 8 devices'),
+        ('DEMO --config.evaluate.test_source=demo:tset', 'config.evaluate.test_source'),
+        ('R50', 'config.data.source'),
+        ('R50 --config.data.source=folder:/none', '/none'),
+        ('R50 --config.data.source=floder:/none', 'floder'),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
+    flags, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    for name in ('demo', 'swav_r50'):
+        short = {'demo': 'DEMO', 'swav_r50': 'R50'}[name]
+        flags = flags.replace(short, f'--config=configs/{name}.py --workdir={tmp_path}')
+    assert main(['main', *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and error.count('\n') == 1
+    assert message in error
+
+
+def test_a_config_that_fails_is_named_with_its_line(tmp_path, capsys):
+    broken = tmp_path / 'broken.py'
+    for text, message in (
+        ('def get_config():\n    return (1\n', 'line 2'),
+        (
+            'from swav_jax import config\n\n\ndef get_config():\n    c = config.default()\n'
+            '    c.loss.temprature = 1\n    return c\n',
+            'line 6: AttributeError: Key "temprature"',
+        ),
+    ):
+        broken.write_text(text)
+        assert main(['main', f'--config={broken}', f'--workdir={tmp_path}']) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_workdir_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / 'file').write_text('')
+    assert main(['main', '--config=configs/demo.py', f'--workdir={tmp_path}/file/run']) == 2
+    assert 'cannot be written' in capsys.readouterr().err
+
+
+def test_a_folder_without_images_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = [f'--config.data.source=folder:{tmp_path}', f'--workdir={tmp_path}/run']
+    assert main(['main', '--config=configs/swav_r50.py', *flags]) == 2
+    assert 'no images' in capsys.readouterr().err
+
+
+def test_help_answers_at_once_and_lists_the_settings():
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, '-m', 'swav_jax.main', '--help', '--config=configs/demo.py'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and time.monotonic() - start < 5
+    assert '--config.loss.epsilon=0.03' in done.stdout
