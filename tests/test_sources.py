@@ -69,6 +69,15 @@ def test_folder_follows_links_and_numbers_empty_classes(tmp_path):
     assert ours.class_names == ['empty', 'linked'] and ours.labels.tolist() == [1]
 
 
+def test_folder_does_not_walk_in_circles(tmp_path):
+    write_image(tmp_path / 'a' / 'b' / '1.png')
+    (tmp_path / 'a' / 'b' / 'up').symlink_to(tmp_path / 'a')
+    (tmp_path / 'a' / 'again').symlink_to(tmp_path / 'a' / 'b')
+    ours = sources.open_source(f'folder:{tmp_path}', channels=3)
+    names = [ours.name(i).removeprefix(f'{tmp_path}/a/') for i in range(len(ours))]
+    assert names == ['again/1.png', 'b/1.png']
+
+
 def test_flat_folder_has_no_labels(tmp_path):
     for name in ('b.jpg', 'a.png', 'c.GIF'):
         write_image(tmp_path / name)
@@ -84,6 +93,8 @@ def test_folder_mistakes(tmp_path):
     (tmp_path / 'file').write_text('')
     fails(f'folder:{tmp_path}/file', 'no folder')
     fails('imagenet', 'folder:/path')
+    fails('folder:', 'after the colon')
+    fails('filelist', 'after the colon')
     fails('', 'folder:/path')
     fails('demo', 'channels=4', channels=4)
     with pytest.raises(UserError, match=r'config\.evaluate\.test_source='):
@@ -96,7 +107,7 @@ def test_listing_is_kept_until_the_folder_changes(tmp_path, monkeypatch):
     first = sources.open_source(spec, channels=3, cache_dir=cache)
     (file,) = Path(cache).iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr('os.walk', None)  # a second listing would fail
+        patch.setattr('os.scandir', None)  # a second listing would fail
         second = sources.open_source(spec, channels=3, cache_dir=cache)
     assert second.paths == first.paths and second.class_names == first.class_names
     np.testing.assert_array_equal(second.labels, first.labels)

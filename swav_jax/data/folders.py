@@ -1,7 +1,7 @@
 """Images that are files: folders as torchvision's ImageFolder reads them, and lists of files."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def list_folder(root: Path) -> tuple[dict, list[str]]:
     files, counts, seen = [], [], [str(root)]
     for name in class_names:
         before = len(files)
-        for folder, _, found in sorted(os.walk(root / name, followlinks=True)):
+        for folder, found in sorted(walk(str(root / name))):
             seen.append(folder)
             inside = os.path.relpath(folder, root)
             files += [f'{inside}{os.sep}{file}' for file in sorted(found) if is_image(file)]
@@ -64,6 +64,23 @@ def list_folder(root: Path) -> tuple[dict, list[str]]:
         files = [entry.name for entry in entries if is_image(entry.name) and entry.is_file()]
         class_names = counts = None
     return {'class_names': class_names, 'counts': counts, 'files': files}, seen
+
+
+def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, list[str]]]:
+    """This folder and all below it, each with the names of its files.
+
+    Links are followed, but not into a folder that they lie in themselves.
+    """
+    status = Path(folder).stat()
+    here = status.st_dev, status.st_ino
+    if here in above:
+        return
+    with os.scandir(folder) as found:
+        entries = list(found)
+    yield folder, [entry.name for entry in entries if not entry.is_dir()]
+    for entry in entries:
+        if entry.is_dir():
+            yield from walk(entry.path, (*above, here))
 
 
 LIST_OPTIONS = ('labels', 'remove_img_path_prefix', 'new_img_path_prefix')

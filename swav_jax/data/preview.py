@@ -9,10 +9,12 @@ are the crops of the first images of a run with this config, to the pixel.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -58,7 +60,10 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
         source, data, seed=config.seed, global_batch=images, first_step=0
     )
     batch = next(batches)
-    groups = augment.multi_crop(batch, seed=config.seed, data=data, augment=config.augment)
+    render = functools.partial(
+        augment.multi_crop, seed=config.seed, data=data, augment=config.augment
+    )
+    groups = jax.jit(render)(batch)
     crops = [
         np.asarray(crop)
         for group, count in zip(groups, data.num_crops, strict=True)

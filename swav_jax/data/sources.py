@@ -61,6 +61,8 @@ def open_source(
 
 def _open(spec: str, channels: int, cache_dir: str | None) -> Source:
     kind, _, rest = spec.partition(':')
+    if kind in KINDS and kind not in ('demo', 'synthetic') and not rest:
+        raise UserError(f'name the data after the colon, as in {kind}:…')
     match kind:
         case 'demo':
             return open_demo(rest)
