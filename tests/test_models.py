@@ -30,9 +30,7 @@ TRUNKS = {
     'resnet152': dict(depth=152),
     'resnext50_32x4d': dict(depth=50, groups=32, width_per_group=4),
     'resnext101_32x8d': dict(depth=101, groups=32, width_per_group=8),
-    'resnext101_64x4d': dict(depth=101, groups=64, width_per_group=4),
     'wide_resnet50_2': dict(depth=50, width_per_group=128),
-    'wide_resnet101_2': dict(depth=101, width_per_group=128),
     **{name: dict(name=name) for name in regnet.NAMED},
 }
 
@@ -113,8 +111,7 @@ def test_seeds_regnety_256gf():
     assert count(params) == 1_382_964_678
 
 
-@pytest.mark.parametrize('multiplier', [0.125, 0.3, 2, 5])
-@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize(('depth', 'multiplier'), [(18, 0.125), (34, 0.3), (50, 2), (50, 5)])
 def test_width_multiplier_widens_all_stages_and_the_output(depth, multiplier):
     settings = model_config(dict(depth=depth, width_multiplier=multiplier))
     trunk = shapes(models.build(settings))['params']['trunk']
@@ -122,9 +119,9 @@ def test_width_multiplier_widens_all_stages_and_the_output(depth, multiplier):
     assert trunk['conv1']['kernel'].shape == (7, 7, 3, stem)
     for stage in range(4):
         assert trunk[f'layer{stage + 1}_1']['conv1']['kernel'].shape[-1] == stem * 2**stage
-    last = {18: 'conv2', 50: 'conv3'}[depth]
+    last = 'conv3' if depth == 50 else 'conv2'
     output = trunk['layer4_1'][last]['kernel'].shape[-1]
-    assert output == models.trunk_output_dim(settings.trunk) == stem * {18: 8, 50: 32}[depth]
+    assert output == models.trunk_output_dim(settings.trunk) == stem * (32 if depth == 50 else 8)
 
 
 @pytest.mark.parametrize(
@@ -268,11 +265,17 @@ def test_a_zero_embedding_has_length_zero_and_finite_gradient():
     assert np.isfinite(grad).all()
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize('trunk', [dict(depth=18), dict(name='regnet_y_400mf')])
+@pytest.mark.parametrize(
+    ('trunk', 'dtype'),
+    [
+        (dict(depth=18), jnp.float32),
+        (dict(depth=18), jnp.bfloat16),
+        (dict(name='regnet_y_400mf'), jnp.float16),
+    ],
+)
 def test_half_precision_keeps_parameters_statistics_and_scores_in_float32(trunk, dtype):
     net = models.build(model_config(trunk), dtype=dtype)
-    crops = [jax.ShapeDtypeStruct((4, s, s, 3), jnp.float32) for s in (64, 32)]
+    crops = [jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)]
     variables = shapes(net)
 
     def forward(variables, crops):
@@ -288,15 +291,18 @@ def test_half_precision_keeps_parameters_statistics_and_scores_in_float32(trunk,
 
 
 def test_initial_weights_have_torchvisions_scale():
-    trunk = dict(depth=18, width_multiplier=0.5, zero_init_residual=True)
-    net = models.build(model_config(trunk, dict(dims=(0, 1024, 16), num_clusters=(7,))))
-    params = jax.jit(lambda: net.init(jax.random.key(0), [jnp.zeros((1, 32, 32, 3))], False))()
-    params = params['params']
-    block = params['trunk']['layer4_0']
+    net = models.build(model_config(dict(depth=18, zero_init_residual=True)))
+
+    @jax.jit  # which leaves out what is not asked for
+    def initial():
+        params = net.init(jax.random.key(0), [jnp.zeros((1, 32, 32, 3))], False)['params']
+        return params['trunk']['layer3_0'], params['head']['linear0']
+
+    block, linear = initial()
     for name, fan_out in (('conv1', 9 * 256), ('conv2', 9 * 256), ('downsample_0', 256)):
-        np.testing.assert_allclose(block[name]['kernel'].std(), (2 / fan_out) ** 0.5, rtol=0.01)
+        np.testing.assert_allclose(block[name]['kernel'].std(), (2 / fan_out) ** 0.5, rtol=0.02)
     np.testing.assert_array_equal(block['bn2']['scale'], 0)
     np.testing.assert_array_equal(block['bn1']['scale'], 1)
-    for leaf in jax.tree.leaves(params['head']['linear0']):
-        np.testing.assert_allclose(np.abs(leaf).max(), 256**-0.5, rtol=0.01)
-        np.testing.assert_allclose(leaf.std(), (3 * 256) ** -0.5, rtol=0.05)
+    for leaf in jax.tree.leaves(linear):
+        np.testing.assert_allclose(np.abs(leaf).max(), 512**-0.5, rtol=0.01)
+        np.testing.assert_allclose(leaf.std(), (3 * 512) ** -0.5, rtol=0.05)
