@@ -36,6 +36,11 @@ FORMATS = ('pth', 'safetensors')
 # What stands before the model's own names in a checkpoint. Where one is found, all names without
 # it are those of optimizers and the like.
 _WRAPPERS = (VISSL, 'base_model.model.', 'state_dict.', 'model.', 'module.')
+_NUMPY = (
+    *(f'numpy.{core}.multiarray.scalar' for core in ('core', '_core')),
+    *(f'numpy.{core}.multiarray._reconstruct' for core in ('core', '_core')),
+    *('numpy.dtype', 'numpy.ndarray'),
+)
 _CLASSIFIERS = re.compile(r'(fc|clf|classifier)\.')
 
 
@@ -182,6 +187,19 @@ def _read_run(workdir: Path) -> dict[str, np.ndarray]:
     return {names[key]: to_torch_axes(key, np.asarray(value)) for key, value in tensors.items()}
 
 
+class _Skipped:
+    """What stands in for NumPy's numbers that checkpoints hold beside their tensors.
+
+    Making real ones of foreign bytes would not be safe, and none is needed.
+    """
+
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any):
+        pass
+
+
 def _read_file(path: Path, torch: Any) -> dict[str, np.ndarray]:
     try:
         with path.open('rb') as file:
@@ -190,10 +208,11 @@ def _read_file(path: Path, torch: Any) -> dict[str, np.ndarray]:
             from safetensors.torch import load_file
 
             return dict(_walk(load_file(path), torch))
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        with torch.serialization.safe_globals([(_Skipped, name) for name in _NUMPY]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
         return dict(_walk(content, torch))
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
-        if 'Unsupported global' in str(error):
+        if 'unsupported global' in str(error).lower():
             raise UserError(
                 f'{path} holds Python objects, whose unpickling can run code, so nothing of it was '
                 'loaded: save its tensors alone, torch.save(model.state_dict(), …)'

@@ -1,6 +1,8 @@
 """Weights in and out of PyTorch: torchvision's models, all layouts, and files that are bad."""
 
 import itertools
+import os
+import pickle
 import subprocess
 import sys
 
@@ -159,6 +161,7 @@ def test_swav_layout_has_the_official_names():
     'wrap',
     [
         lambda state: {'state_dict': state, 'optimizer': {'state': {0: torch.ones(3)}}, 'epoch': 7},
+        lambda state: {'state_dict': state, 'best': np.float64(0.7), 'seen': np.arange(5)},
         lambda state: {'model': {f'module.{name}': tensor for name, tensor in state.items()}},
         lambda state: {name: tensor.double() for name, tensor in state.items()},
         lambda state: state | {'fc.weight': torch.ones(1000, 64), 'fc.bias': torch.ones(1000)},
@@ -237,18 +240,23 @@ def test_a_partial_load_keeps_what_the_file_does_not_have(tmp_path):
 
 
 class RunsCode:
+    def __init__(self, function):
+        self.function = function
+
     def __reduce__(self):
-        return print, ('code of the file ran',)
+        return self.function, ('echo code of the file ran',)
 
 
-def test_bad_files_are_one_clear_line(tmp_path, capsys):
+def test_bad_files_are_one_clear_line(tmp_path, capfd):
     good = tmp_path / 'good.pth'
     torch.save({'conv1.weight': torch.ones(64, 3, 7, 7)}, good)
     (tmp_path / 'truncated.pth').write_bytes(good.read_bytes()[:-2000])
     (tmp_path / 'empty file.pth').touch()
     (tmp_path / 'text.pth').write_text('<!DOCTYPE html>')
     (tmp_path / 'text.safetensors').write_text('<!DOCTYPE html>')
-    torch.save({'conv1.weight': RunsCode()}, tmp_path / 'code.pth')
+    torch.save({'conv1.weight': RunsCode(print)}, tmp_path / 'code.pth')
+    torch.save({'a': np.array([RunsCode(os.system)], object)}, tmp_path / 'array.pth')
+    (tmp_path / 'pickle.pth').write_bytes(pickle.dumps({'a': RunsCode(os.system)}, protocol=2))
     torch.save({}, tmp_path / 'empty.pth')
     torch.save({'epoch': 3, 'names': ['a']}, tmp_path / 'no tensors.pth')
     for name, message in {
@@ -258,13 +266,15 @@ def test_bad_files_are_one_clear_line(tmp_path, capsys):
         'text.pth': 'is damaged or not of PyTorch',
         'text.safetensors': 'is damaged or not of PyTorch',
         'code.pth': 'holds Python objects, whose unpickling can run code',
+        'array.pth': 'holds Python objects, whose unpickling can run code',
+        'pickle.pth': 'holds Python objects, whose unpickling can run code',
         'empty.pth': 'holds no tensors',
         'no tensors.pth': 'holds no tensors',
     }.items():
         with pytest.raises(UserError, match=message) as error:
             torch_weights.read(tmp_path / name)
         assert '\n' not in str(error.value)
-    assert capsys.readouterr().out == ''
+    assert capfd.readouterr().out == ''
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
