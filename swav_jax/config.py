@@ -220,6 +220,7 @@ def validate(config: ConfigDict) -> None:
     for path in (
         'loss.temperature',
         'loss.epsilon',
+        'evaluate.temperature',
         'optimizer.larc_config.trust_coefficient',
         'augment.blur_radius_min',
         'augment.blur_radius_max',
@@ -270,7 +271,13 @@ def validate(config: ConfigDict) -> None:
         _check(config, path, lambda x: 0 <= x <= 1, 'from 0 to 1')
     _check(config, 'augment.hue', lambda x: 0 <= x <= 0.5, 'from 0 to 0.5')
     _check(config, 'optimizer.momentum', lambda x: 0 <= x < 1, 'from 0 to below 1')
-    _check(config, 'precision', _is_one_of('float32', 'bfloat16', 'float16'))
+    _check(
+        config,
+        'evaluate.size',
+        lambda x: x <= config.evaluate.resize,
+        f'at most config.evaluate.resize={config.evaluate.resize}: a crop lies inside of its image',
+    )
+    _check(config, 'precision', _is_one_of('float32', 'bfloat16', 'float16', 'float64'))
     _check(config, 'optimizer.name', _is_one_of('sgd', 'lars'))
     _check(
         config, 'data.source', bool, 'a source of images, as --config.data.source=folder:/images'

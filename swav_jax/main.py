@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from swav_jax import config as settings
 from swav_jax.errors import UserError
+from swav_jax.host_memory import keep_freed_memory
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -111,6 +112,7 @@ def main(argv: Sequence[str]) -> int:
             raise UserError('--config is missing: name a file of settings, as configs/swav_r50.py')
         if not values.workdir:
             raise UserError('--workdir is missing: name a folder for the run, as runs/first')
+        keep_freed_memory()
         from swav_jax import train  # late, so that --help and mistakes in flags answer at once
 
         train.run(values.config, values.workdir)

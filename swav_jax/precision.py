@@ -1,7 +1,7 @@
 """Compute dtypes, and the dynamic loss scale that float16 needs.
 
 Parameters, BatchNorm statistics, prototypes, Sinkhorn, softmax, loss and the all-reduced gradients
-are float32 whatever `config.precision` says.
+are float32 whatever half precision `config.precision` names.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-COMPUTE_DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16}
+# float64, parameters and all, is for checking the arithmetic; it needs jax_enable_x64.
+COMPUTE_DTYPES = {
+    'float32': jnp.float32,
+    'bfloat16': jnp.bfloat16,
+    'float16': jnp.float16,
+    'float64': jnp.float64,
+}
 
 MIN_SCALE, MAX_SCALE = 1.0, 2.0**24
 GROWTH_INTERVAL = 2000  # steps without overflow until the scale doubles

@@ -45,11 +45,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
       UserError: a setting, the data or the folder cannot work.
     """
     settings.validate(config)
-    if config.loss.use_double_precision and not jax.config.jax_enable_x64:
-        raise UserError(
-            'config.loss.use_double_precision=True needs float64, which JAX leaves off: '
-            'set JAX_ENABLE_X64=True in the environment'
-        )
+    check_float64(config)
     workdir = open_workdir(workdir)
     mesh = meshes.make_mesh(config.model.sync_bn)
     source = open_data(config, config.data.source, workdir, limit=config.data.limit)
@@ -120,6 +116,23 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         report.draw_loss(workdir)
         report.draw_prototypes(workdir, found, evaluation.test)
     return summary
+
+
+def check_float64(config: ConfigDict) -> None:
+    """Refuse settings that ask for float64 where JAX would quietly compute in float32.
+
+    Raises:
+      UserError: float64 is not enabled.
+    """
+    for name, wanted in (
+        ('precision', config.precision == 'float64'),
+        ('loss.use_double_precision', config.loss.use_double_precision),
+    ):
+        if wanted and not jax.config.jax_enable_x64:
+            raise UserError(
+                f'config.{name} asks for float64, which JAX leaves off: set JAX_ENABLE_X64=True in '
+                'the environment'
+            )
 
 
 def open_workdir(workdir: str | Path) -> Path:
@@ -210,7 +223,11 @@ def make_state(
         if sizes.queue_batches:
             dim = config.model.head.dims[-1]
             queue = swav.Queue.empty(
-                len(config.loss.crops_for_assign), sizes.queue_batches, sizes.batch_size, dim
+                len(config.loss.crops_for_assign),
+                sizes.queue_batches,
+                sizes.batch_size,
+                dim,
+                jnp.promote_types(COMPUTE_DTYPES[config.precision], jnp.float32),
             )
         return TrainState(
             step=jnp.int32(0),

@@ -10,6 +10,7 @@ os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 
 import jax
 import pytest
+import torchvision  # noqa: F401 (first: it crashes the process when TensorFlow came before it)
 from jaxtyping import install_import_hook
 
 install_import_hook(['swav_jax.swav', 'swav_jax.optim', 'swav_jax.augment'], 'beartype.beartype')

@@ -165,6 +165,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
         ),
         ('DEMO --config.loss.queue.queue_length=63', 'less than the global batch of 512'),
         ('DEMO --config.loss.use_double_precision=True', 'JAX_ENABLE_X64'),
+        ('DEMO --config.precision=float64', 'JAX_ENABLE_X64'),
         ('DEMO --config.model.head.dims=(65,8)', '65'),
         ('DEMO --config.model.temp_frozen_params_iter_map=(("protos",5),)', "'protos' fits none"),
         ('DEMO --config.model.sync_bn.group_size=3', 'does not divide the 8 devices'),
