@@ -20,6 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from tensorboardX import SummaryWriter
 
+from swav_jax import atomic
+
 _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
 
 
@@ -62,7 +64,7 @@ class Monitor:
         self._log_every_steps = log_every_steps
         self._pending: dict[str, Any] | None = None
         self._logged_step, self._logged_at, self._waited = first_step, time.monotonic(), 0.0
-        self._writes = jax.process_index() == 0
+        self._writes, self._has_compiled = jax.process_index() == 0, False
         if self._writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
             for name in ('metrics.jsonl', 'events.jsonl'):
@@ -128,9 +130,14 @@ class Monitor:
             for name, value in row.items():
                 if name != 'step':
                     self._tensorboard.add_scalar(name, value, row['step'])
-            left = (self._total_steps - row['step']) * self._batch_size / row['images_per_second']
-            self._line.tell(row['step'], _sentence(row, self._total_steps, left))
+            self._line.tell(row['step'], _sentence(row, self._total_steps, self._left(row)))
+            self._has_compiled = True
         return row
+
+    def _left(self, row: Mapping[str, Any]) -> float | None:
+        """Seconds to the end at a row's speed; not known from the one that holds the compilation."""
+        images = (self._total_steps - row['step']) * self._batch_size
+        return images / row['images_per_second'] if self._has_compiled else None
 
     def events(self, values: Mapping[str, float], step: int) -> None:
         """Note numbers that few steps have, such as the accuracy of a kNN classifier."""
@@ -161,7 +168,8 @@ class Monitor:
         if not self._writes:
             return dict(summary)
         summary = _in_short(read_rows(self._workdir / 'metrics.jsonl'), self._batch_size) | summary
-        _write_atomically(self._workdir / 'summary.json', json.dumps(summary, indent=2) + '\n')
+        with atomic.replacing(self._workdir / 'summary.json') as path:
+            path.write_text(json.dumps(summary, indent=2) + '\n')
         self.close()
         self._line.table(summary)
         return summary
@@ -233,13 +241,16 @@ class _Line:
         self._console.print(table)
 
 
-def _sentence(row: Mapping[str, Any], total: int, seconds_left: float) -> str:
-    minutes, seconds = divmod(round(seconds_left), 60)
-    return (
+def _sentence(row: Mapping[str, Any], total: int, seconds_left: float | None) -> str:
+    text = (
         f'step {row["step"]}/{total}  epoch {row["epoch"]:.2f}  loss {row["loss"]:.4f}  '
-        f'lr {row["lr"]:.3g}  {row["images_per_second"]:,.0f} images/s  '
-        f'{minutes // 60}:{minutes % 60:02}:{seconds:02} left'
+        f'lr {row["lr"]:.3g}'
     )
+    if seconds_left is None:
+        return text
+    minutes, seconds = divmod(round(seconds_left), 60)
+    time_left = f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
+    return f'{text}  {row["images_per_second"]:,.0f} images/s  {time_left} left'
 
 
 def _in_short(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
@@ -268,10 +279,5 @@ def _append(file: Any, row: Mapping[str, Any]) -> None:
 def _drop_beyond(path: Path, step: int) -> None:
     """Keep the rows up to `step`; none where a run begins anew."""
     kept = [row for row in read_rows(path) if step and row['step'] <= step]
-    _write_atomically(path, ''.join(json.dumps(row) + '\n' for row in kept))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + '.tmp')
-    temporary.write_text(text)
-    temporary.replace(path)
+    with atomic.replacing(path) as temporary:
+        temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))

@@ -14,6 +14,7 @@ from configs import demo
 from swav_jax import augment, models
 from swav_jax import mesh as meshes
 from swav_jax.data import pipeline, sources
+from swav_jax.data.images import ArraySource
 from swav_jax.errors import UserError
 from swav_jax.evaluate import clusters, features, knn, report
 
@@ -161,7 +162,7 @@ def found_in(source, scores):
 
 def test_a_gallery_shows_the_largest_prototypes_and_their_nearest_images():
     images = np.zeros((8, 4, 4, 1), np.uint8)
-    source = sources.ArraySource('x', images, [0, 0, 1, 1, 1, 2, 2, 0], ['cat', 'dog', 'cow'])
+    source = ArraySource('x', images, [0, 0, 1, 1, 1, 2, 2, 0], ['cat', 'dog', 'cow'])
     scores = np.full((8, 5), -1.0)
     scores[[0, 1, 2], 3] = [0.5, 0.9, 0.1]
     scores[[3, 4, 5, 6], 1] = [0.2, 0.3, 0.4, 0.1]

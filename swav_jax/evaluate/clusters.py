@@ -1,6 +1,22 @@
-"""Prototypes as clusters: who belongs to which, and how well that fits labels nobody gave it."""
+"""Prototypes as clusters: who belongs to which, and how well that fits labels nobody gave it.
+
+    python -m swav_jax.evaluate.clusters --workdir RUN --source folder:/photos --out clusters
+
+writes clusters/assignments.csv, a line an image with its name, its nearest prototype and how
+likely that one is, clusters/soft.npy with the probability of each prototype (N, K), and a list of
+names for each prototype that has images, clusters/prototype_7.txt, nearest first.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
 
 import numpy as np
+
+from swav_jax import atomic
+from swav_jax.data.images import Source
+from swav_jax.evaluate import command
 
 
 def assign(scores: np.ndarray) -> np.ndarray:
@@ -57,3 +73,52 @@ def contingency(labels: np.ndarray, assignments: np.ndarray) -> np.ndarray:
 def _entropy(p: np.ndarray) -> float:
     p = p[p > 0]
     return float(-np.sum(p * np.log(p)))
+
+
+def write(out: Path, source: Source, scores: np.ndarray, temperature: float) -> np.ndarray:
+    """Write the files that the module's docstring describes, and return the assignments (N,)."""
+    out.mkdir(parents=True, exist_ok=True)
+    assignments, soft = assign(scores), soften(scores, temperature)
+    names = [source.name(i) for i in range(len(source))]
+    with atomic.replacing(out / 'assignments.csv') as path, path.open('w', newline='') as file:
+        table = csv.writer(file)
+        table.writerow(['name', 'prototype', 'probability'])
+        for name, prototype, row in zip(names, assignments, soft, strict=True):
+            table.writerow([name, prototype, f'{row[prototype]:.4f}'])
+    with atomic.replacing(out / 'soft.npy') as path, path.open('wb') as file:
+        np.save(file, soft)
+    for old in out.glob('prototype_*.txt'):
+        old.unlink()
+    for prototype in np.unique(assignments):
+        members = np.flatnonzero(assignments == prototype)
+        nearest = members[np.argsort(-scores[members, prototype], kind='stable')]
+        with atomic.replacing(out / f'prototype_{prototype}.txt') as path:
+            path.write_text(''.join(f'{names[i]}\n' for i in nearest))
+    return assignments
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Assign the images that the command line names and say how well that went."""
+    model = command.load(arguments)
+    model.need_head()
+    source = model.open(arguments.source or model.config.data.source, arguments.limit)
+    found = model.extract(source, progress=True)
+    scores = found.scores[arguments.head]
+    assignments = write(Path(arguments.out), source, scores, model.config.loss.temperature)
+    used = np.sort(sizes(assignments, scores.shape[1]))[::-1]
+    print(
+        f'{len(source):,} images, nearest to {np.count_nonzero(used)} of {len(used)} prototypes; '
+        f'largest {used[0]:,}, median {int(np.median(used)):,}'
+    )
+    if source.labels is not None:
+        print(f'NMI {nmi(source.labels, assignments):.4f}')
+        print(f'purity {purity(source.labels, assignments):.4f}')
+    print(f'written to {arguments.out}')
+
+
+if __name__ == '__main__':
+    parser = command.parser(__doc__)
+    parser.add_argument('--source', help='images (default: those the run trained on)')
+    parser.add_argument('--out', required=True, help='folder for the lists')
+    parser.add_argument('--head', type=int, default=0, help='which head of prototypes')
+    sys.exit(command.run(main, parser))

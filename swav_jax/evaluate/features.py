@@ -1,8 +1,18 @@
-"""What a network makes of images: trunk features, embeddings and prototype scores, in eval mode."""
+"""What a network makes of images: trunk features, embeddings and prototype scores, in eval mode.
 
+    python -m swav_jax.evaluate.features --workdir RUN --source demo:test --out features.npz
+
+writes arrays `trunk` (N, F), `embeddings` (N, D) of length 1, `scores0`, … (N, K) for each head of
+prototypes, `labels` (N,) where they are known, `readable` (N,) and `names` (N,). An --out without
+.npz is a folder of .npy files, which are written, and can be read, as memory maps.
+"""
+
+import argparse
 import functools
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,11 +21,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict, FrozenConfigDict
+from rich.progress import track
 
-from swav_jax import augment
+from swav_jax import atomic, augment
 from swav_jax.data import pipeline
-from swav_jax.data.sources import Source
+from swav_jax.data.images import Source
+from swav_jax.evaluate import command
 from swav_jax.models import SwAVNet
+
+Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
 
 @dataclass
@@ -24,7 +38,8 @@ class Features:
 
     Attributes:
       trunk: (N, F) pooled features of the trunk.
-      embeddings: (N, D) projections, of length 1 unless the head leaves them as they are.
+      embeddings: (N, D) projections, of length 1 unless the head leaves them as they are; None of
+        a network without a head.
       scores: for each prototype head (N, K).
       labels: (N,) int32, or None.
       readable: (N,) bool; False for an image that could not be decoded, whose features are those of
@@ -32,7 +47,7 @@ class Features:
     """
 
     trunk: np.ndarray
-    embeddings: np.ndarray
+    embeddings: np.ndarray | None
     scores: tuple[np.ndarray, ...]
     labels: np.ndarray | None
     readable: np.ndarray
@@ -40,9 +55,24 @@ class Features:
     def __len__(self) -> int:
         return len(self.trunk)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of them by name, the scores of head i as `scores{i}`."""
+        named = {'trunk': self.trunk, 'embeddings': self.embeddings, 'labels': self.labels}
+        named |= {f'scores{i}': scores for i, scores in enumerate(self.scores)}
+        named['readable'] = self.readable
+        return {name: array for name, array in named.items() if array is not None}
+
 
 def extract(
-    net: SwAVNet, variables: Any, source: Source, config: ConfigDict, mesh: Mesh | None = None
+    net: SwAVNet,
+    variables: Any,
+    source: Source,
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    *,
+    has_head: bool = True,
+    progress: bool = False,
+    allocate: Allocate = lambda name, shape: np.empty(shape, np.float32),
 ) -> Features:
     """Features of every image of a source, on all devices.
 
@@ -55,26 +85,50 @@ def extract(
       source: N images.
       config: all settings, of which `data` and `evaluate` are read.
       mesh: whose devices to use (default: all).
+      has_head: whether to compute embeddings and scores, too.
+      progress: whether to show a progress bar.
+      allocate: makes the float32 array of a given name and shape that takes a result.
 
     Raises:
       UserError: `config.evaluate.size` is larger than `config.evaluate.resize`.
     """
     devices = jax.local_devices() if mesh is None else mesh.local_devices
     share = np.array_split(np.arange(len(source)), jax.process_count())[jax.process_index()]
-    parts = list(_batches(net, variables, source.take(share), config, devices))
-    found = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    mine = source if len(share) == len(source) else source.take(share)
+    rows = -(-config.evaluate.batch_size // len(devices)) * len(devices)
+    batches = _batches(net, variables, mine, config, devices, rows, has_head)
+    if progress:
+        batches = track(batches, 'features', total=-(-len(mine) // rows))
+
+    found, readable, done = None, np.zeros(len(mine), bool), 0
+    for outputs, weight in batches:
+        if found is None:
+            found = {name: allocate(name, (len(mine), *x.shape[1:])) for name, x in outputs.items()}
+        place = slice(done, done + len(weight))
+        for name, output in outputs.items():
+            found[name][place] = output
+        readable[place] = weight > 0
+        done += len(weight)
+    found['readable'] = readable
     if jax.process_count() > 1:
         found = _gather(found, len(source))
-    trunk, embeddings, scores, readable = found
-    return Features(trunk, embeddings, scores, source.labels, readable)
+    scores = tuple(found[f'scores{i}'] for i in range(sum(name[:6] == 'scores' for name in found)))
+    return Features(
+        found['trunk'], found.get('embeddings'), scores, source.labels, found['readable']
+    )
 
 
 def _batches(
-    net: SwAVNet, variables: Any, source: Source, config: ConfigDict, devices: Any
-) -> Iterator[tuple]:
-    """(trunk, embeddings, scores, readable) of one batch after another, less what fills it up."""
+    net: SwAVNet,
+    variables: Any,
+    source: Source,
+    config: ConfigDict,
+    devices: Any,
+    rows: int,
+    has_head: bool,
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Results and weights of one batch after another, without the rows that fill up the last."""
     mesh = Mesh(np.array(devices), ('image',))
-    rows = -(-config.evaluate.batch_size // len(devices)) * len(devices)
     variables = jax.device_put(jax.tree.map(_local, variables), NamedSharding(mesh, P()))
     batches = pipeline.eval_batches(
         source,
@@ -84,34 +138,40 @@ def _batches(
         size=config.evaluate.size,
         batch_size=rows,
     )
-    look = functools.partial(
-        _look, net, size=config.evaluate.size, data=FrozenConfigDict(config.data)
+    settings = dict(
+        size=config.evaluate.size, data=FrozenConfigDict(config.data), has_head=has_head
     )
     sharding = NamedSharding(mesh, P('image'))
     pending = None  # fetched one batch late: the host decodes while the devices compute
     for batch in batches:
         pictures = {name: batch[name] for name in ('image', 'size', 'boxes')}
-        done, pending = pending, (look(variables, jax.device_put(pictures, sharding)), batch)
+        outputs = _look(net, variables, jax.device_put(pictures, sharding), **settings)
+        done, pending = pending, (outputs, batch)
         if done is not None:
             yield _fetch(*done)
     if pending is not None:
         yield _fetch(*pending)
 
 
-@functools.partial(jax.jit, static_argnames=('net', 'size', 'data'))
-def _look(net, variables, batch, *, size, data):
+@functools.partial(jax.jit, static_argnames=('net', 'size', 'data', 'has_head'))
+def _look(net, variables, batch, *, size, data, has_head):
     def everything(net, images):
         trunk = net.features(images)
-        return trunk, *net.head(trunk, False)
+        if not has_head:
+            return {'trunk': trunk}
+        embeddings, scores = net.head(trunk, False)
+        named = {f'scores{i}': head for i, head in enumerate(scores)}
+        return {'trunk': trunk, 'embeddings': embeddings} | named
 
     images = augment.center_crop(batch, size=size, data=data)
     return net.apply(variables, images, method=everything)
 
 
-def _fetch(outputs: tuple, batch: pipeline.Batch) -> tuple:
+def _fetch(
+    outputs: dict[str, jax.Array], batch: pipeline.Batch
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     real = batch['index'] >= 0
-    outputs = jax.tree.map(lambda x: np.asarray(x)[real], outputs)
-    return *outputs, batch['weight'][real] > 0
+    return {name: np.asarray(x)[real] for name, x in outputs.items()}, batch['weight'][real]
 
 
 def _local(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
@@ -119,7 +179,7 @@ def _local(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     return x if getattr(x, 'is_fully_addressable', True) else x.addressable_data(0)
 
 
-def _gather(found: Any, total: int) -> Any:
+def _gather(found: dict[str, np.ndarray], total: int) -> dict[str, np.ndarray]:
     """Put the processes' shares, which differ by one row at most, behind each other."""
     counts = [len(s) for s in np.array_split(np.arange(total), jax.process_count())]
 
@@ -128,4 +188,56 @@ def _gather(found: Any, total: int) -> Any:
         shares = multihost_utils.process_allgather(filled)
         return np.concatenate([share[:n] for share, n in zip(shares, counts, strict=True)])
 
-    return jax.tree.map(gather, found)
+    return {name: gather(x) for name, x in found.items()}
+
+
+def save(path: Path, source: Source, compute: Callable[[Allocate], Features]) -> Features:
+    """Write features to `path`: an .npz file, or a folder of .npy files that are memory maps.
+
+    Args:
+      path: where to; each file appears once it is whole.
+      source: the images, for their names.
+      compute: makes the features in arrays that it is given.
+    """
+    names = np.array([source.name(i) for i in range(len(source))])
+    if path.suffix == '.npz':
+        found = compute(lambda _, shape: np.empty(shape, np.float32))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(path) as temporary, temporary.open('wb') as file:
+            np.savez(file, **found.arrays(), names=names)
+        return found
+    path.mkdir(parents=True, exist_ok=True)
+
+    def allocate(name, shape):
+        return np.lib.format.open_memmap(path / f'.{name}.npy', 'w+', np.float32, shape)
+
+    found = compute(allocate)
+    arrays = found.arrays() | {'names': names}
+    for name, array in arrays.items():
+        if isinstance(array, np.memmap):
+            array.flush()
+        else:
+            np.save(path / f'.{name}.npy', array)
+        (path / f'.{name}.npy').replace(path / f'{name}.npy')
+    return found
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Extract and write what the command line says."""
+    model = command.load(arguments)
+    source = model.open(arguments.source or model.config.data.source, arguments.limit)
+    found = save(
+        Path(arguments.out),
+        source,
+        lambda allocate: model.extract(source, progress=True, allocate=allocate),
+    )
+    for name, array in found.arrays().items():
+        print(f'{name} {array.dtype}{list(array.shape)}')
+    print(f'written to {arguments.out}')
+
+
+if __name__ == '__main__':
+    parser = command.parser(__doc__)
+    parser.add_argument('--source', help='images (default: those the run trained on)')
+    parser.add_argument('--out', required=True, help='FILE.npz or a folder')
+    sys.exit(command.run(main, parser))

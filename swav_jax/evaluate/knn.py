@@ -2,9 +2,13 @@
 
 Wu et al. 2018, arXiv 1805.01978, section 3.4: cosine similarity s, each of the k neighbours votes
 for its class with weight exp(s / temperature).
+
+    python -m swav_jax.evaluate.knn --workdir RUN --train demo --test demo:test --k 10 20 100 200
 """
 
+import argparse
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from swav_jax.errors import UserError
+from swav_jax.evaluate import command
 
 # One block of similarities is at most this large: 256 MB.
 _TEST_ROWS = 8192
@@ -145,3 +150,34 @@ def _unit(x):
 
 def _blocks(x: np.ndarray, rows: int):
     return (x[start : start + rows] for start in range(0, len(x), rows))
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Print the accuracy for each k that the command line names."""
+    model = command.load(arguments)
+    evaluate = model.config.evaluate
+    train, test = command.open_labelled(model, arguments)
+    train_x, test_x = (
+        getattr(model.extract(source, progress=True), arguments.features)
+        for source in (train, test)
+    )
+    ks = sorted(arguments.k or [evaluate.k])
+    similarity, index = neighbors(train_x, test_x, k=ks[-1])
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    print(f'{len(train):,} images vote on {len(test):,}; temperature {evaluate.temperature}')
+    for k in ks:
+        predicted = vote(
+            similarity[:, :k],
+            train.labels[index[:, :k]],
+            temperature=evaluate.temperature,
+            num_classes=num_classes,
+        )
+        print(f'k = {k:<4} top-1 {100 * np.mean(predicted == test.labels):.2f}%')
+
+
+if __name__ == '__main__':
+    parser = command.parser(__doc__)
+    command.add_labelled(parser)
+    parser.add_argument('--k', type=int, nargs='+', help='neighbours (config.evaluate.k)')
+    parser.add_argument('--features', choices=('trunk', 'embeddings'), default='trunk')
+    sys.exit(command.run(main, parser))

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from PIL import Image
 
-from swav_jax.data.sources import Source
+from swav_jax import atomic
+from swav_jax.data.images import Source
 from swav_jax.evaluate import clusters
 from swav_jax.evaluate.features import Features
 from swav_jax.monitor import read_rows
@@ -169,7 +170,5 @@ def _plain(axes: Any) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Write a PNG, once whole."""
-    temporary = path.with_name(f'.{path.name}')
-    figure.savefig(temporary, dpi=120, format='png')
-    temporary.replace(path)
+    with atomic.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format='png')

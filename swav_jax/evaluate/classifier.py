@@ -1,0 +1,293 @@
+"""A linear classifier on a trunk's features, the trunk frozen or fine-tuned with it."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from rich.progress import track
+
+from swav_jax import augment, models
+from swav_jax import mesh as meshes
+from swav_jax.checkpoint import Checkpoints
+from swav_jax.data import pipeline
+from swav_jax.data.images import Source
+from swav_jax.errors import UserError
+from swav_jax.evaluate.features import extract
+from swav_jax.evaluate.model import Model
+from swav_jax.models.norm import BatchNorm
+
+Tree = dict[str, Any]
+Batches = Iterator[dict[str, np.ndarray]]  # `label` (B,) and what `Look` wants
+Look = Callable[[models.SwAVNet, dict[str, jax.Array], bool], jax.Array]  # features of a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """SGD with momentum 0.9, whose learning rates are set once an epoch.
+
+    Attributes:
+      epochs: passes over the images; what does not fill a batch at the end of one is left out.
+      learning_rate: the classifier's at first, for 256 images a step.
+      trunk_learning_rate: the trunk's, likewise; 0 freezes the trunk, in eval mode.
+      milestones: epochs after which learning rates are multiplied by `gamma`; without any they
+        follow half a cosine down to 0.
+      gamma: see `milestones`.
+      weight_decay: of the linear layer.
+      nesterov: the form of the momentum.
+      batch_norm: whether to normalise the features first.
+      batch_size: images a step; all there are if they are fewer.
+    """
+
+    epochs: int
+    learning_rate: float
+    trunk_learning_rate: float = 0.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    batch_norm: bool = False
+    batch_size: int = 256
+
+    def factor(self, epoch: jax.Array) -> jax.Array:
+        """What learning rates are multiplied by in an epoch, counted from 0."""
+        if self.milestones:
+            return self.gamma ** jnp.sum(epoch >= jnp.array(self.milestones))
+        return (1 + jnp.cos(jnp.pi * epoch / self.epochs)) / 2
+
+
+class Classifier(nn.Module):
+    """Logits (N, classes) of features (N, F)."""
+
+    num_classes: int
+    batch_norm: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """In eval mode BatchNorm uses its running statistics."""
+        x = BatchNorm(name='bn')(x, train) if self.batch_norm else x
+        small = nn.initializers.normal(0.01)
+        return nn.Dense(self.num_classes, kernel_init=small, name='linear')(x)
+
+
+def fit(
+    model: Model,
+    train: Source,
+    test: Source,
+    recipe: Recipe,
+    out: Path,
+    *,
+    crop_scale: tuple[float, float] | None = (0.08, 1.0),
+    seed: int = 0,
+) -> dict[str, float]:
+    """Train a classifier and test it; goes on where an interrupted call with the same `out` was.
+
+    Args:
+      model: the trunk.
+      train: labelled images to learn from, seen as random resized crops, flipped half of the time.
+      test: labelled images to test on, seen as `config.evaluate` says.
+      recipe: how.
+      out: gets checkpoints, one an epoch.
+      crop_scale: least and largest share of an image's area in a crop; None computes each image's
+        features once, of its centre, as `features` does. That needs a frozen trunk.
+      seed: of the weights, the order and the crops.
+
+    Returns:
+      `top1` and `top5` in percent after the last epoch, and the `loss` of the last step.
+
+    Raises:
+      UserError: `out` is another training's, or the loss is not a number.
+    """
+    mesh = meshes.make_mesh({'enabled': True, 'group_size': 0})
+    batch_size = min(recipe.batch_size, len(train)) // mesh.size * mesh.size
+    if batch_size == 0:
+        raise UserError(f'{len(train)} labelled images cannot be spread over {mesh.size} devices')
+    steps_per_epoch = len(train) // batch_size
+    net = Classifier(int(max(train.labels.max(), test.labels.max())) + 1, recipe.batch_norm)
+    tx = _optimizer(recipe, batch_size, steps_per_epoch)
+    state = meshes.put(mesh, _initial_state(model, net, recipe, tx, seed))
+    about = {
+        'recipe': dataclasses.asdict(recipe) | {'milestones': list(recipe.milestones)},
+        'crop_scale': crop_scale and list(crop_scale),
+        'images': len(train),
+        'batch_size': batch_size,
+        'trunk_steps': model.step,
+        'seed': seed,
+    }
+    checkpoints = Checkpoints(out / 'checkpoints', keep=1)
+    if checkpoints.latest_step() is not None:
+        _check_same(about, checkpoints.metadata(checkpoints.latest_step()), out)
+        state, _ = checkpoints.restore(state)
+
+    first, last = int(state['step']), recipe.epochs * steps_per_epoch
+    if first < last:
+        make = _centres if crop_scale is None else _crops
+        look, batches = make(model, train, batch_size, seed, crop_scale, first)
+        step = jax.jit(
+            _make_step(model.net, net, tx, look),
+            out_shardings=NamedSharding(mesh, meshes.REPLICATED),
+            donate_argnums=0,
+        )
+        trunk = meshes.put(mesh, _trunk_of(model.variables))
+        for number in track(range(first + 1, last + 1), 'training', last, completed=first):
+            state = step(state, trunk, meshes.put_batch(mesh, next(batches)))
+            if number % steps_per_epoch == 0:
+                if not np.isfinite(loss := float(state['loss'])):
+                    raise UserError(f'the loss is {loss}: lower the learning rates')
+                checkpoints.save(number, state, about)
+    checkpoints.close()
+    return test_classifier(model, net, state, test) | {'loss': float(state['loss'])}
+
+
+def test_classifier(model: Model, net: Classifier, state: Tree, test: Source) -> dict[str, float]:
+    """`accuracies` on `test` of a classifier, with the trunk that was trained with it, if any."""
+    state = jax.tree.map(np.asarray, state)
+    trunk = _trunk_of(model.variables)
+    for kind in ('params', 'batch_stats'):
+        trunk[kind] |= {key: x for key, x in state[kind].items() if key == 'trunk'}
+    found = extract(model.net, trunk, test, model.config, has_head=False, progress=True)
+    variables = {kind: state[kind]['classifier'] for kind in ('params', 'batch_stats')}
+    logits = jax.jit(lambda x: net.apply(variables, x, False))(found.trunk)
+    return accuracies(np.asarray(logits), test.labels)
+
+
+def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`top1` and `top5` in percent: how often a label is among the largest logits (N, classes)."""
+    best = np.argsort(-logits, axis=1, kind='stable')[:, :5]
+    hit = best == labels[:, None]
+    return {'top1': float(100 * hit[:, 0].mean()), 'top5': float(100 * hit.any(1).mean())}
+
+
+def _centres(model: Model, source: Source, batch_size: int, seed: int, _, first: int):
+    """Batches of features that are computed once, of the images' centres."""
+    features = model.extract(source, has_head=False, progress=True).trunk
+    share = batch_size // jax.process_count()
+    start = jax.process_index() * share
+
+    def batches(step):
+        while True:
+            epoch, place = divmod(step, len(source) // batch_size)
+            order = np.random.default_rng([seed, epoch]).permutation(len(source))
+            chosen = order[place * batch_size :][start : start + share]
+            yield {'features': features[chosen], 'label': source.labels[chosen]}
+            step += 1
+
+    return (lambda net, batch, train: batch['features']), batches(first)
+
+
+def _crops(model: Model, source: Source, batch_size: int, seed: int, scale, first: int):
+    """Batches of images, of which the network sees a random crop, flipped half of the time."""
+    data = model.config.data.copy_and_resolve_references().unlock()
+    data.num_crops, data.size_crops, data.crop_scales = (
+        (1,),
+        (model.config.evaluate.size,),
+        (scale,),
+    )
+    flip = model.config.augment.copy_and_resolve_references()
+    flip.flip_p, flip.color_jitter_p, flip.grayscale_p, flip.blur_radius_max = 0.5, 0.0, 0.0, 0.0
+
+    def batches():
+        share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+        for batch in pipeline.train_batches(
+            source, data, seed=seed, global_batch=batch_size, first_step=first, **share
+        ):
+            yield batch | {'label': source.labels[batch['index']]}
+
+    def look(net, batch, train):
+        (images,) = augment.multi_crop(batch, seed=seed, data=data, augment=flip)
+        return net.trunk(images, train)
+
+    return look, batches()
+
+
+def _make_step(
+    trunk_net: models.SwAVNet, net: Classifier, tx: optax.GradientTransformation, look: Look
+) -> Callable[[Tree, Tree, Tree], Tree]:
+    """A training step: the state, the frozen trunk's variables and a batch → the next state."""
+
+    def step(state, trunk, batch):
+        finetune = 'trunk' in state['params']
+        stats = state['batch_stats']
+
+        def loss_of(params):
+            seen = {
+                'params': {'trunk': params.get('trunk', trunk['params']['trunk'])},
+                'batch_stats': {'trunk': stats.get('trunk', trunk['batch_stats']['trunk'])},
+            }
+            features, moved = trunk_net.apply(
+                seen, batch, finetune, method=look, mutable=['batch_stats']
+            )
+            variables = {'params': params['classifier'], 'batch_stats': stats['classifier']}
+            logits, new = net.apply(variables, features, True, mutable=['batch_stats'])
+            new_stats = {'classifier': new.get('batch_stats', {})}
+            if finetune:
+                new_stats['trunk'] = moved['batch_stats']['trunk']
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+            return losses.mean(), new_stats
+
+        (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state['params'])
+        updates, opt_state = tx.update(grads, state['opt_state'], state['params'])
+        return {
+            'step': state['step'] + 1,
+            'params': optax.apply_updates(state['params'], updates),
+            'batch_stats': stats,
+            'opt_state': opt_state,
+            'loss': loss,
+        }
+
+    return step
+
+
+def _optimizer(
+    recipe: Recipe, batch_size: int, steps_per_epoch: int
+) -> optax.GradientTransformation:
+    def decays(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: 'linear' in [part.key for part in path], params
+        )
+
+    def sgd(learning_rate):
+        peak = learning_rate * batch_size / 256
+        return optax.chain(
+            optax.add_decayed_weights(recipe.weight_decay, mask=decays),
+            optax.trace(0.9, nesterov=recipe.nesterov),
+            optax.scale_by_learning_rate(lambda n: peak * recipe.factor(n // steps_per_epoch)),
+        )
+
+    parts = {'classifier': sgd(recipe.learning_rate), 'trunk': sgd(recipe.trunk_learning_rate)}
+    return optax.partition(parts, lambda params: {name: name for name in params})
+
+
+def _initial_state(
+    model: Model, net: Classifier, recipe: Recipe, tx: optax.GradientTransformation, seed: int
+) -> Tree:
+    width = models.trunk_output_dim(model.config.model.trunk)
+    variables = net.init(jax.random.key(seed), jnp.zeros((2, width)), train=True)
+    parts = {kind: {'classifier': variables.get(kind, {})} for kind in ('params', 'batch_stats')}
+    if recipe.trunk_learning_rate:
+        trunk = _trunk_of(model.variables)
+        parts = {kind: part | trunk[kind] for kind, part in parts.items()}
+    return parts | {
+        'step': np.int32(0),
+        'opt_state': tx.init(parts['params']),
+        'loss': np.float32(np.nan),
+    }
+
+
+def _trunk_of(variables: Tree) -> Tree:
+    return {kind: {'trunk': part['trunk']} for kind, part in variables.items()}
+
+
+def _check_same(about: Tree, before: Tree, out: Path) -> None:
+    for name, value in about.items():
+        if before.get(name) != value:
+            raise UserError(
+                f'{out} holds a training with {name} {before.get(name)} instead of {value}: name '
+                'another --out'
+            )
