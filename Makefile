@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m swav_jax.main --config configs/demo.py --workdir runs/demo
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
