@@ -23,6 +23,7 @@ from tensorboardX import SummaryWriter
 from swav_jax import atomic
 
 _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
+_MOST_WAITING = 0.05  # share of the time that devices may wait for data unsaid
 
 
 class Monitor:
@@ -131,13 +132,24 @@ class Monitor:
                 if name != 'step':
                     self._tensorboard.add_scalar(name, value, row['step'])
             self._line.tell(row['step'], _sentence(row, self._total_steps, self._left(row)))
+            self._warn_of_waiting(row)
             self._has_compiled = True
         return row
 
     def _left(self, row: Mapping[str, Any]) -> float | None:
-        """Seconds to the end at a row's speed; not known from the one that holds the compilation."""
+        """Seconds to the end at a row's speed; unknown from the one that holds the compilation."""
         images = (self._total_steps - row['step']) * self._batch_size
         return images / row['images_per_second'] if self._has_compiled else None
+
+    def _warn_of_waiting(self, row: Mapping[str, Any]) -> None:
+        """Say once in a run that the devices wait for data, and what helps."""
+        share = row['data_wait'] * row['images_per_second'] / self._batch_size
+        if self._has_compiled and share > _MOST_WAITING and not self._warned:
+            self._warned = True
+            self.say(
+                f'the devices wait for data in {share:.0%} of the time: more CPU cores, a faster '
+                'disk or a smaller config.data.canvas_size help'
+            )
 
     def events(self, values: Mapping[str, float], step: int) -> None:
         """Note numbers that few steps have, such as the accuracy of a kNN classifier."""

@@ -307,6 +307,11 @@ def introduce(
         f'({config.data.batchsize_per_replica} a device), {sizes.steps_per_epoch:,} steps '
         f'an epoch, {sizes.last_step:,} in all'
     )
+    if config.data.channels != 3:
+        monitor.say(
+            f'images of config.data.channels={config.data.channels}: saturation, hue and grayscale '
+            'are left out'
+        )
     asked = config.loss.queue.queue_length
     if asked != sizes.queue_length:
         monitor.say(

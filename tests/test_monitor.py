@@ -73,6 +73,15 @@ def test_a_run_leaves_rows_events_and_a_summary(tmp_path):
     assert '\r' not in out.getvalue()
 
 
+@pytest.mark.parametrize(('seconds', 'warnings'), [(1e-9, 0), (100.0, 1)])
+def test_devices_that_wait_for_data_are_said_once(tmp_path, seconds, warnings):
+    monitor, out = make(tmp_path)
+    for step in range(1, 26):
+        monitor.record(step, metrics(step), seconds)
+    monitor.finish({})
+    assert out.getvalue().count('the devices wait for data') == warnings
+
+
 def test_tensorboard_has_the_same_numbers(tmp_path):
     monitor, _ = make(tmp_path)
     monitor.events({'knn_top1': 71.5}, step=0)
