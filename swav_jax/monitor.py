@@ -65,7 +65,8 @@ class Monitor:
         self._log_every_steps = log_every_steps
         self._pending: dict[str, Any] | None = None
         self._logged_step, self._logged_at, self._waited = first_step, time.monotonic(), 0.0
-        self._writes, self._has_compiled = jax.process_index() == 0, False
+        self._writes = jax.process_index() == 0
+        self._has_compiled = self._warned = False
         if self._writes:
             self._workdir.mkdir(parents=True, exist_ok=True)
             for name in ('metrics.jsonl', 'events.jsonl'):
