@@ -330,9 +330,7 @@ def _multiply(lr, factor):
     return scaled
 
 
-def learning_rate(
-    lr: Any, *, batch_size: int, total_steps: int, steps_per_epoch: int
-) -> Schedule:
+def learning_rate(lr: Any, *, batch_size: int, total_steps: int, steps_per_epoch: int) -> Schedule:
     """The learning rate as a function of the step, scaled to the batch: the only place for both.
 
     With update_interval `epoch` it stays the same within an epoch.
