@@ -1,7 +1,5 @@
 """Evaluation agrees with scikit-learn where that computes the same, and is defined at the edges."""
 
-import json
-
 import jax
 import numpy as np
 import pytest
@@ -14,9 +12,8 @@ from configs import demo
 from swav_jax import augment, models
 from swav_jax import mesh as meshes
 from swav_jax.data import pipeline, sources
-from swav_jax.data.images import ArraySource
 from swav_jax.errors import UserError
-from swav_jax.evaluate import clusters, features, knn, report
+from swav_jax.evaluate import clusters, features, knn
 
 
 def clouds(seed, rows, classes=7, dim=16):
@@ -151,61 +148,3 @@ def test_an_unreadable_image_keeps_its_place(network, tmp_path):
     found = features.extract(net, variables, source, config)
     assert found.readable.tolist() == [True, False, True]
     assert found.labels is None
-
-
-def found_in(source, scores):
-    """Features of a source that consist of given scores."""
-    empty = np.zeros((len(source), 2), np.float32)
-    readable = np.ones(len(source), bool)
-    return features.Features(empty, empty, (scores,), source.labels, readable)
-
-
-def test_a_gallery_shows_the_largest_prototypes_and_their_nearest_images():
-    images = np.zeros((8, 4, 4, 1), np.uint8)
-    source = ArraySource('x', images, [0, 0, 1, 1, 1, 2, 2, 0], ['cat', 'dog', 'cow'])
-    scores = np.full((8, 5), -1.0)
-    scores[[0, 1, 2], 3] = [0.5, 0.9, 0.1]
-    scores[[3, 4, 5, 6], 1] = [0.2, 0.3, 0.4, 0.1]
-    scores[7, 0] = 0.9
-    found = found_in(source, scores)
-    found.readable[7] = False
-    first, second = report.gallery(found, source, most=5, images=3)
-    assert (first['prototype'], first['size'], first['label'], first['share']) == (1, 4, 'dog', 0.5)
-    assert first['nearest'].tolist() == [5, 4, 3]
-    assert (second['prototype'], second['size'], second['label']) == (3, 3, 'cat')
-    assert second['nearest'].tolist() == [1, 0, 2]
-    found.labels = None
-    assert 'label' not in report.gallery(found, source, most=1, images=3)[0]
-
-
-def test_a_thumbnail_is_the_middle_of_any_image(tmp_path):
-    """Red left and right of a blue square, as a PNG with a palette; the margins are cut off."""
-    pixels = np.zeros((20, 60, 3), np.uint8)
-    pixels[:, :20] = pixels[:, 40:] = (255, 0, 0)
-    pixels[:, 20:40] = (0, 0, 255)
-    Image.fromarray(pixels).convert('P').save(tmp_path / 'a.png')
-    source = sources.open_source(f'folder:{tmp_path}', channels=3)
-    np.testing.assert_array_equal(report.thumbnail(source, 0, 8), np.full((8, 8, 3), (0, 0, 255)))
-
-
-def test_the_pictures_of_a_run(tmp_path):
-    rows = [
-        {'step': s, 'epoch': s / 10, 'loss': 3 - s / 50, 'lr': 0.1, 'loss_over_ln_k': 1 - s / 150}
-        for s in (1, 10, 20)
-    ]
-    rows.insert(1, dict.fromkeys(rows[0]) | {'step': 5})  # the loss was not a number
-    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
-    source = sources.open_source('demo:test', limit=50, channels=1)
-    scores = np.random.default_rng(0).standard_normal((50, 9))
-    report.draw_loss(tmp_path)
-    report.draw_prototypes(tmp_path, found_in(source, scores), source)
-    for name in ('loss', 'prototypes'):
-        with Image.open(tmp_path / f'{name}.png') as image:
-            assert image.format == 'PNG'
-            assert min(image.size) > 300
-            assert len(image.convert('L').getcolors()) > 100, 'something is drawn'
-    assert {path.name for path in tmp_path.iterdir()} == {
-        'metrics.jsonl',
-        'loss.png',
-        'prototypes.png',
-    }

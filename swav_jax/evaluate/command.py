@@ -14,16 +14,22 @@ from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that say which network and how many images."""
+def parser(description: str, *, weights: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that say which network and how many images.
+
+    Args:
+      description: what --help says first.
+      weights: whether PyTorch weights will do; else it has to be a run.
+    """
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     which = made.add_mutually_exclusive_group(required=True)
     which.add_argument('--workdir', help='folder of a run')
-    which.add_argument('--weights', help='PyTorch weights: .pth or .safetensors')
-    made.add_argument('--config', help='with --weights: the config file of their network')
-    made.add_argument('--step', type=int, help='with --workdir: which checkpoint (default: newest)')
+    if weights:
+        which.add_argument('--weights', help='PyTorch weights: .pth or .safetensors')
+        made.add_argument('--config', help='with --weights: the config file of their network')
+    made.add_argument('--step', type=int, help='which checkpoint of the run (default: newest)')
     made.add_argument('--limit', type=int, default=0, help='use N images, evenly spread (0: all)')
     made.epilog = 'Settings of the run can be changed, as --config.evaluate.size=160.'
     return made

@@ -1,174 +1,345 @@
-"""Pictures of a run: the loss over time, and the prototypes with the images nearest to them."""
+"""A run as a page and as pictures, to look at.
 
+    python -m swav_jax.evaluate.report --workdir RUN
+
+writes report.html, which needs no other file and no network, loss.png, prototypes.png and map.png
+into the run's folder, and images and a projector of embeddings for TensorBoard.
+"""
+
+import argparse
+import base64
 import io
-from collections.abc import Mapping
+import json
+import math
+import string
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
-from PIL import Image
+from tensorboardX import SummaryWriter
 
+import swav_jax
 from swav_jax import atomic
 from swav_jax.data.images import Source
-from swav_jax.evaluate import clusters
+from swav_jax.evaluate import clusters, command, figures, gallery, tsne
 from swav_jax.evaluate.features import Features
 from swav_jax.monitor import read_rows
 
-BLUE, ORANGE, GRAY = '#2563a8', '#c2571a', '#6b7280'
-THUMBNAIL = 64  # pixels
+MAPPED = 1000  # images in the map; its cost grows with their square
+PICTURED = 2000  # images to look at, where none are named
+
+CURVES = {  # by the names in metrics.jsonl
+    'loss': 'Loss',
+    'lr': 'Learning rate',
+    'code_entropy': 'Entropy of the codes',
+    'active_prototypes': 'Prototypes in use, in a batch',
+    'largest_prototype_share': 'Share of the largest prototype',
+    'embedding_std': 'Spread of the embeddings',
+    'grad_norm': 'Norm of the gradient',
+    'update_norm': 'Norm of the update',
+    'images_per_second': 'Images a second',
+    'data_wait': 'Seconds a step waits for data',
+}
 
 
 def draw_loss(workdir: Path) -> None:
-    """Write loss.png from metrics.jsonl: the loss and ln K, the learning rate beneath.
-
-    Nothing is drawn for a run without a logged step.
-    """
-    rows = [row for row in read_rows(workdir / 'metrics.jsonl') if row['loss'] is not None]
-    if not rows:
-        return
-    epochs, losses, rates = (
-        np.array([row[key] for row in rows]) for key in ('epoch', 'loss', 'lr')
-    )
-    ln_k = rows[0]['loss'] / rows[0]['loss_over_ln_k']
-
-    figure = Figure(figsize=(8, 5), layout='constrained')
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    top.axhline(ln_k, color=GRAY, linestyle='--', linewidth=1)
-    top.annotate(
-        f'ln K = {ln_k:.2f}: all prototypes alike',
-        (1, ln_k),
-        xycoords=('axes fraction', 'data'),
-        xytext=(-40, 4),
-        textcoords='offset points',
-        ha='right',
-        color=GRAY,
-    )
-    top.plot(epochs, losses, color=BLUE, linewidth=1.6)
-    top.plot(epochs[-1:], losses[-1:], 'o', color=BLUE, markersize=4)
-    top.annotate(
-        f'{losses[-1]:.2f}',
-        (epochs[-1], losses[-1]),
-        xytext=(6, 0),
-        textcoords='offset points',
-        va='center',
-        color=BLUE,
-    )
-    top.set_ylabel('swapped-prediction loss')
-    low, high = min(losses.min(), ln_k), max(losses.max(), ln_k)
-    top.set_ylim(low - 0.06 * (high - low), high + 0.12 * (high - low))
-    bottom.plot(epochs, rates, color=ORANGE, linewidth=1.6)
-    bottom.set_ylim(bottom=0)
-    bottom.set_ylabel('learning rate')
-    bottom.set_xlabel('epoch')
-    top.set_xlim(0, 1.06 * epochs[-1])  # room for the last value
-    for axes in (top, bottom):
-        _plain(axes)
-    top.set_title(f'Loss over {rows[-1]["step"]:,} steps', loc='left')
-    _save(figure, workdir / 'loss.png')
+    """Write loss.png; nothing for a run without a logged step."""
+    rows = read_rows(workdir / 'metrics.jsonl')
+    if any(row['loss'] is not None for row in rows):
+        _save(figures.loss(rows), workdir / 'loss.png')
 
 
-def draw_prototypes(
-    workdir: Path, found: Features, source: Source, *, most: int = 30, images: int = 10
+def draw_prototypes(workdir: Path, found: Features, source: Source) -> None:
+    """Write prototypes.png: the largest prototypes and those images of `source` nearest to them."""
+    _save(figures.prototypes(found, source), workdir / 'prototypes.png')
+
+
+def write(
+    workdir: Path,
+    found: Features,
+    source: Source,
+    crops: Sequence[Sequence[np.ndarray]] = (),
 ) -> None:
-    """Write prototypes.png: the first head's largest prototypes, each with its nearest images.
+    """Write report.html and map.png from what the run has logged and from features of images.
 
     Args:
-      workdir: the run's folder.
+      workdir: the run's folder; what is not in it is left out of the report.
       found: features of `source`.
-      source: the images.
-      most: how many prototypes to show.
-      images: how many images of each.
+      source: the images to show, labelled or not.
+      crops: some images' crops as the network saw them, as `gallery.crops` makes them.
     """
-    shown = gallery(found, source, most=most, images=images)
-    used = np.count_nonzero(clusters.sizes(clusters.assign(found.scores[0]), 1))
-    columns = 2 if len(shown) > 5 else 1
-    lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(8.2 * columns, 0.6 + 0.7 * lines), layout='constrained')
-    figure.suptitle(
-        f'{used} of {found.scores[0].shape[1]} prototypes are nearest to some of {len(found):,} '
-        f'images; the {len(shown)} largest, each with its nearest images',
-        x=0.01,
-        ha='left',
-        fontsize=11,
+    rows, events = (read_rows(workdir / name) for name in ('metrics.jsonl', 'events.jsonl'))
+    summary, config = (_read(workdir / name) for name in ('summary.json', 'config.json'))
+    scatter = _map(found, source)
+    if scatter:
+        _save(scatter, workdir / 'map.png')
+    sections = [
+        _curves(rows, events, config),
+        _prototypes(found, source),
+        _mapped(scatter, found),
+        _retrieval(found, source),
+        _crops(crops),
+        _settings(config),
+    ]
+    template = string.Template(
+        resources.files('swav_jax.evaluate').joinpath('report.html').read_text()
     )
-    grid = GridSpec(lines, columns, figure=figure, wspace=0.03)
-    for place, prototype in enumerate(shown):
-        axes = figure.add_subplot(grid[place % lines, place // lines])
-        _draw_strip(axes, source, prototype, images)
-    _save(figure, workdir / 'prototypes.png')
+    page = template.substitute(
+        title=escape(workdir.resolve().name),
+        subtitle=escape(_subtitle(config, summary, len(found))),
+        tiles=''.join(_tile(*tile) for tile in _tiles(summary)),
+        sections='\n'.join(sections),
+        footer=f'swav_jax {escape(swav_jax.__version__)}',
+    )
+    with atomic.replacing(workdir / 'report.html') as path:
+        path.write_text(page)
 
 
-def gallery(found: Features, source: Source, *, most: int, images: int) -> list[dict[str, Any]]:
-    """The largest prototypes of the first head, largest first.
-
-    Args:
-      found: features of `source`.
-      source: the images.
-      most: how many prototypes at most; those without an image are left out.
-      images: how many images of each.
-
-    Returns:
-      For each: `prototype`, its number; `size`, how many images it has; `nearest`, the numbers of
-      its nearest ones; where there are labels, `label` and `share`, the most frequent class among
-      all its images and that class's share.
-    """
-    scores = found.scores[0]
-    assignments = np.where(found.readable, clusters.assign(scores), -1)
-    sizes = clusters.sizes(assignments[found.readable], scores.shape[1])
-    shown = []
-    for prototype in np.argsort(-sizes, kind='stable')[:most]:
-        members = np.flatnonzero(assignments == prototype)
-        if not len(members):
-            break
-        nearest = members[np.argsort(-scores[members, prototype], kind='stable')[:images]]
-        item = {'prototype': int(prototype), 'size': len(members), 'nearest': nearest}
-        if found.labels is not None:
-            counts = np.bincount(found.labels[members])
-            label = int(counts.argmax())
-            item['label'] = source.class_names[label] if source.class_names else f'class {label}'
-            item['share'] = counts[label] / len(members)
-        shown.append(item)
-    return shown
+def write_tensorboard(workdir: Path, found: Features, source: Source, step: int) -> None:
+    """Add the prototypes' images and a projector of embeddings to the run's TensorBoard."""
+    chosen = _some(found, MAPPED)
+    with SummaryWriter(str(workdir / 'tensorboard')) as writer:
+        for place, item in enumerate(gallery.prototypes(found, source, most=30, images=10)):
+            strip = np.concatenate([gallery.thumbnail(source, i) for i in item['nearest']], axis=1)
+            writer.add_image(f'prototypes/{place:02}', strip, step, dataformats='HWC')
+        thumbnails = np.stack([gallery.thumbnail(source, i, 32) for i in chosen])
+        writer.add_embedding(
+            found.embeddings[chosen],
+            metadata=[_caption(found, source, i) for i in chosen],
+            label_img=thumbnails.transpose(0, 3, 1, 2) / 255,
+            global_step=step,
+        )
 
 
-def thumbnail(source: Source, index: int, size: int = THUMBNAIL) -> np.ndarray:
-    """The middle square of an image, uint8 (size, size, 3)."""
-    image = source.read(index)
-    if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-    else:
-        image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    image = image.convert('RGB')
-    side = min(image.size)
-    left, upper = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, upper, left + side, upper + side))
-    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+def _caption(found: Features, source: Source, index: int) -> str:
+    text = source.name(index)
+    if found.labels is not None:
+        text = f'{gallery.class_name(source, found.labels[index])} {text}'
+    return ' '.join(text.split())
 
 
-def _draw_strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int) -> None:
-    """One prototype's line: what it is on the left, its nearest images on the right."""
-    margin, step = 110, THUMBNAIL + 4
-    strip = np.full((THUMBNAIL, margin + images * step, 3), 255, np.uint8)
-    for place, index in enumerate(prototype['nearest']):
-        left = margin + place * step
-        strip[:, left : left + THUMBNAIL] = thumbnail(source, index)
-    axes.imshow(strip, interpolation='none')
-    axes.set_axis_off()
-    style = dict(x=margin - 10, ha='right', va='center')
-    axes.text(y=18, s=f'{prototype["size"]:,}', fontsize=10, weight='bold', **style)
-    if 'label' in prototype:
-        text = f'{prototype["label"][:20]}\n{prototype["share"]:.0%}'
-        axes.text(y=46, s=text, fontsize=7, color=GRAY, **style)
+def _some(found: Features, count: int) -> np.ndarray:
+    """The numbers of at most `count` readable images, evenly spread."""
+    usable = np.flatnonzero(found.readable)
+    count = min(count, len(usable))
+    return usable[np.arange(count) * len(usable) // max(count, 1)]
 
 
-def _plain(axes: Any) -> None:
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(axis='y', color='#e5e7eb', linewidth=0.8)
-    axes.set_axisbelow(True)
+# Sections of the page
+
+
+def _subtitle(config: Mapping[str, Any], summary: Mapping[str, Any], looked_at: int) -> str:
+    parts = []
+    if config:
+        trunk, data = config['model']['trunk'], config['data']
+        crops = zip(data['num_crops'], data['size_crops'], strict=True)
+        parts.append(
+            f'{trunk["name"]}, depth {trunk["depth"]}'
+            if trunk['name'] == 'resnet'
+            else trunk['name']
+        )
+        parts.append(f'trained on {data["source"]}')
+        parts.append('crops ' + ' + '.join(f'{n}×{size}' for n, size in crops))
+    if summary.get('epochs'):
+        parts.append(f'{summary["epochs"]:g} epochs')
+    return '; '.join([*parts, f'shown with {looked_at:,} images']) + '.'
+
+
+def _tiles(summary: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Values and what they are."""
+    if 'knn_top1' in summary:
+        before = summary.get('knn_top1_untrained')
+        note = '' if before is None else f', {before:.1f}% untrained'
+        yield f'{summary["knn_top1"]:.1f}%', f'kNN top-1{note}'
+    if 'nmi' in summary:
+        yield f'{summary["nmi"]:.3f}', 'NMI of prototypes and labels'
+    if summary.get('loss_last') is not None:
+        share = summary['loss_last_over_ln_k']
+        yield f'{summary["loss_last"]:.2f}', f'loss, {share:.0%} of ln K'
+    if summary.get('images_per_second'):
+        yield f'{summary["images_per_second"]:,.0f}', 'images a second'
+    if 'data_wait_share' in summary:
+        yield f'{summary["data_wait_share"]:.0%}', 'of the time waiting for data'
+    if 'steps' in summary:
+        yield f'{summary["steps"]:,}', 'steps'
+
+
+def _tile(value: str, text: str) -> str:
+    return f'<div class="tile"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
+
+
+def _section(title: str, text: str, body: str) -> str:
+    return f'<h2>{escape(title)}</h2>\n<p>{escape(text)}</p>\n{body}'
+
+
+def _curves(rows: Sequence[Mapping], events: Sequence[Mapping], config: Mapping[str, Any]) -> str:
+    rows = [row for row in rows if row.get('loss') is not None]
+    if not rows:
+        return ''
+    ln_k = figures.ln_k(rows)
+    references = {'loss': (ln_k, 'ln K'), 'code_entropy': (ln_k, 'ln K')}
+    if config:
+        head = config['model']['head']
+        references['active_prototypes'] = (head['num_clusters'][0], 'all')
+        references['embedding_std'] = (1 / math.sqrt(head['dims'][-1]), 'in all directions')
+    learned = [
+        {name.removesuffix('_untrained'): value for name, value in row.items()} for row in events
+    ]
+    drawn = [
+        (title, figures.metric(learned, name, title))
+        for name, title in (('knn_top1', 'kNN top-1, percent'), ('nmi', 'NMI'))
+    ]
+    for name, title in CURVES.items():
+        # The first row's speed is that of the compilation.
+        shown = rows[1:] if name in ('images_per_second', 'data_wait') else rows
+        drawn.append((title, figures.metric(shown, name, title, *references.get(name, (None, '')))))
+    images = [f'<img src="{_svg(figure)}" alt="{escape(t)}">' for t, figure in drawn if figure]
+    return _section(
+        'Curves',
+        'A loss that stays at ln K, codes as uniform as ln K, few prototypes in use or embeddings '
+        'without spread are signs of a collapse.',
+        f'<div class="charts">{"".join(images)}</div>',
+    )
+
+
+def _prototypes(found: Features, source: Source) -> str:
+    if not found.scores:
+        return ''
+    cards = []
+    for item in gallery.prototypes(found, source, most=30, images=8):
+        label = f' · {item["share"]:.0%} {item["label"]}' if 'label' in item else ''
+        cards.append(
+            f'<div class="card"><div class="caption"><b>{item["size"]:,} images</b>{escape(label)} '
+            f'<span>prototype {item["prototype"]}</span></div>'
+            f'<div class="strip">{"".join(_thumb(source, i) for i in item["nearest"])}</div></div>'
+        )
+    used = np.count_nonzero(clusters.sizes(clusters.assign(found.scores[0]), 1))
+    return _section(
+        'Prototypes',
+        f'{used} of {found.scores[0].shape[1]} prototypes are the nearest one of some image. The '
+        'largest, each with the images that are nearest to it; nobody told the network the names.',
+        f'<div class="cards">{"".join(cards)}</div>',
+    )
+
+
+def _map(found: Features, source: Source) -> Figure | None:
+    chosen = _some(found, MAPPED)
+    if found.embeddings is None or len(chosen) < 4:
+        return None
+    points = tsne.embed(found.embeddings[chosen])
+    if found.labels is not None and found.labels.max() < 20:
+        names = [gallery.class_name(source, i) for i in range(found.labels.max() + 1)]
+        return figures.point_map(points, found.labels[chosen], names)
+    return figures.point_map(points, clusters.assign(found.scores[0][chosen]), None)
+
+
+def _mapped(scatter: Figure | None, found: Features) -> str:
+    if scatter is None:
+        return ''
+    by = 'class' if found.labels is not None and found.labels.max() < 20 else 'prototype'
+    return _section(
+        'Map of the embeddings',
+        f'{len(_some(found, MAPPED)):,} images, by t-SNE: near each other where their embeddings '
+        f'are. The colour is the {by}.',
+        f'<img class="map" src="{_svg(scatter)}" alt="Map of the embeddings">',
+    )
+
+
+def _retrieval(found: Features, source: Source) -> str:
+    lines = []
+    for query, nearest in gallery.neighbors(found, queries=10, images=8):
+        images = [_thumb(source, query, 'query')]
+        for index in nearest:
+            known = found.labels is not None
+            other = known and found.labels[index] != found.labels[query]
+            images.append(_thumb(source, index, 'thumb other' if other else 'thumb'))
+        lines.append(f'<div class="card"><div class="strip">{"".join(images)}</div></div>')
+    note = ' Those of another class are faded.' if found.labels is not None else ''
+    return _section(
+        'Nearest neighbours',
+        f'An image, and those with the most similar trunk features.{note}',
+        f'<div class="cards">{"".join(lines)}</div>',
+    )
+
+
+def _crops(crops: Sequence[Sequence[np.ndarray]]) -> str:
+    if not crops:
+        return ''
+    lines = []
+    for image in crops:
+        parts = []
+        for crop in image:
+            side = max(28, min(160, 2 * crop.shape[0] if crop.shape[0] < 64 else crop.shape[0]))
+            uri = gallery.data_uri(crop)
+            parts.append(f'<img src="{uri}" width="{side}" height="{side}" alt="crop">')
+        lines.append(f'<div class="card"><div class="strip">{"".join(parts)}</div></div>')
+    return _section(
+        'Crops as the network saw them',
+        'All crops of some training images in the first epoch.',
+        f'<div class="cards">{"".join(lines)}</div>',
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ''
+    lines = ''.join(
+        f'<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>' for name, value in _flat(config)
+    )
+    table = f'<details><summary>All settings</summary><table>{lines}</table></details>'
+    return f'<h2>Settings</h2>\n{table}'
+
+
+def _flat(config: Mapping[str, Any], prefix: str = 'config') -> Iterable[tuple[str, str]]:
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f'{prefix}.{name}')
+        else:
+            yield f'{prefix}.{name}', json.dumps(value)
+
+
+def _thumb(source: Source, index: int, kind: str = 'thumb') -> str:
+    uri = gallery.data_uri(gallery.thumbnail(source, int(index)))
+    return f'<img class="{kind}" src="{uri}" alt="{escape(source.name(int(index)))}">'
+
+
+def _svg(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format='svg', metadata={'Date': None})
+    return f'data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
 def _save(figure: Figure, path: Path) -> None:
     with atomic.replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format='png')
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Write the report of the run that the command line names."""
+    model = command.load(arguments)
+    config = model.config
+    shown = arguments.source or config.evaluate.test_source
+    limit = arguments.limit or (0 if shown else PICTURED)
+    source = model.open(shown or config.data.source, limit)
+    found = model.extract(source, progress=True)
+    train = model.open(config.data.source, config.data.limit)
+    draw_loss(model.workdir)
+    draw_prototypes(model.workdir, found, source)
+    write(model.workdir, found, source, gallery.crops(train, config, images=4))
+    write_tensorboard(model.workdir, found, source, model.step)
+    print(f'written to {model.workdir / "report.html"}')
+
+
+if __name__ == '__main__':
+    parser = command.parser(__doc__, weights=False)
+    parser.add_argument('--source', help='images to show (default: config.evaluate.test_source)')
+    sys.exit(command.run(main, parser))

@@ -1,0 +1,158 @@
+"""Curves of a run, and its map, as matplotlib figures that belong to nobody else's state."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from swav_jax.data.images import Source
+from swav_jax.evaluate import clusters, gallery
+from swav_jax.evaluate.features import Features
+
+BLUE, ORANGE, GRAY = '#2563a8', '#c2571a', '#6b7280'
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def loss(rows: Rows) -> Figure:
+    """The loss with ln K over the epochs, and the learning rate beneath.
+
+    Args:
+      rows: of metrics.jsonl, at least one with a loss.
+    """
+    rows = [row for row in rows if row['loss'] is not None]
+    epochs, losses, rates = np.array([[row['epoch'], row['loss'], row['lr']] for row in rows]).T
+    figure = Figure(figsize=(8, 5), layout='constrained')
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    _curve(top, epochs, losses, ln_k(rows), f'ln K = {ln_k(rows):.2f}: all prototypes alike')
+    top.set_ylabel('swapped-prediction loss')
+    top.set_title(f'Loss over {rows[-1]["step"]:,} steps', loc='left')
+    bottom.plot(epochs, rates, color=ORANGE, linewidth=1.6)
+    bottom.set_ylim(bottom=0)
+    bottom.set_ylabel('learning rate')
+    bottom.set_xlabel('epoch')
+    _plain(bottom)
+    return figure
+
+
+def ln_k(rows: Rows) -> float:
+    """The loss of a network that tells nothing apart."""
+    return rows[0]['loss'] / rows[0]['loss_over_ln_k']
+
+
+def metric(
+    rows: Rows, name: str, title: str, reference: float | None = None, label: str = ''
+) -> Figure | None:
+    """One number over the epochs, small; None if the rows do not have it.
+
+    Args:
+      rows: of metrics.jsonl or events.jsonl.
+      name: of the number.
+      title: of the figure.
+      reference: where to draw a dashed line.
+      label: what stands on that line.
+    """
+    known = [(row['epoch'], row[name]) for row in rows if row.get(name) is not None]
+    if not known:
+        return None
+    figure = Figure(figsize=(4.6, 2.7), layout='constrained')
+    axes = figure.subplots()
+    _curve(axes, *np.array(known, float).T, reference, label)
+    axes.set_title(title, loc='left', fontsize=11)
+    axes.set_xlabel('epoch')
+    return figure
+
+
+def prototypes(found: Features, source: Source, *, most: int = 30, images: int = 10) -> Figure:
+    """The first head's largest prototypes, each with its size, main class and nearest images."""
+    shown = gallery.prototypes(found, source, most=most, images=images)
+    used = np.count_nonzero(clusters.sizes(clusters.assign(found.scores[0]), 1))
+    columns = 2 if len(shown) > 5 else 1
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(8.2 * columns, 0.6 + 0.7 * lines), layout='constrained')
+    figure.suptitle(
+        f'{used} of {found.scores[0].shape[1]} prototypes are nearest to some of {len(found):,} '
+        f'images; the {len(shown)} largest, each with its nearest images',
+        x=0.01,
+        ha='left',
+        fontsize=11,
+    )
+    grid = figure.add_gridspec(lines, columns, wspace=0.03)
+    for place, prototype in enumerate(shown):
+        axes = figure.add_subplot(grid[place % lines, place // lines])
+        _strip(axes, source, prototype, images)
+    return figure
+
+
+def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int) -> None:
+    """One prototype's line: what it is on the left, its nearest images on the right."""
+    side, margin = gallery.THUMBNAIL, 110
+    step = side + 4
+    strip = np.full((side, margin + images * step, 3), 255, np.uint8)
+    for place, index in enumerate(prototype['nearest']):
+        left = margin + place * step
+        strip[:, left : left + side] = gallery.thumbnail(source, index)
+    axes.imshow(strip, interpolation='none')
+    axes.set_axis_off()
+    style = dict(x=margin - 10, ha='right', va='center')
+    axes.text(y=18, s=f'{prototype["size"]:,}', fontsize=10, weight='bold', **style)
+    if 'label' in prototype:
+        text = f'{prototype["label"][:20]}\n{prototype["share"]:.0%}'
+        axes.text(y=46, s=text, fontsize=7, color=GRAY, **style)
+
+
+def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | None) -> Figure:
+    """Points (N, 2) in the colours of their groups (N,); `names` of the groups, if to be told."""
+    colors = matplotlib.colormaps['tab10' if groups.max() < 10 else 'tab20']
+    figure = Figure(figsize=(7, 6), layout='constrained')
+    axes = figure.subplots()
+    for group in np.unique(groups):
+        x, y = points[groups == group].T
+        name = names and names[group]
+        axes.scatter(x, y, s=12, color=colors(group % colors.N), linewidths=0, label=name)
+    axes.set_aspect('equal', 'datalim')
+    axes.set_axis_off()
+    if names:
+        figure.legend(
+            loc='outside lower center', ncols=4, frameon=False, markerscale=2, fontsize=10
+        )
+    return figure
+
+
+def _curve(axes: Any, x: np.ndarray, y: np.ndarray, reference: float | None, label: str) -> None:
+    """A line whose last value is told, and a dashed one to compare it with."""
+    low, high = y.min(), y.max()
+    if reference is not None:
+        low, high = min(low, reference), max(high, reference)
+        axes.axhline(reference, color=GRAY, linestyle='--', linewidth=1)
+        axes.annotate(
+            label,
+            (0.85, reference),
+            xycoords=('axes fraction', 'data'),
+            xytext=(0, 4),
+            textcoords='offset points',
+            ha='right',
+            color=GRAY,
+        )
+    axes.plot(x, y, color=BLUE, linewidth=1.6, marker='o' if len(x) < 12 else None, markersize=4)
+    axes.plot(x[-1:], y[-1:], 'o', color=BLUE, markersize=4)
+    axes.annotate(
+        f'{y[-1]:.3g}',
+        (x[-1], y[-1]),
+        xytext=(6, 0),
+        textcoords='offset points',
+        va='center',
+        color=BLUE,
+    )
+    span = high - low or abs(high) or 1.0
+    axes.set_ylim(low - 0.08 * span, high + 0.18 * span)
+    axes.set_xlim(min(0.0, x[0]), 1.1 * x[-1] or 1.0)  # room for the last value
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis='y', color='#e5e7eb', linewidth=0.8)
+    axes.set_axisbelow(True)

@@ -1,0 +1,133 @@
+"""Which images to show: those of a prototype, neighbours of each other, the crops of training."""
+
+import base64
+import io
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from swav_jax import augment
+from swav_jax.data import decode, pipeline
+from swav_jax.data.images import ArraySource, Source
+from swav_jax.evaluate import clusters, knn
+from swav_jax.evaluate.features import Features
+
+THUMBNAIL = 64  # pixels
+
+
+def prototypes(found: Features, source: Source, *, most: int, images: int) -> list[dict[str, Any]]:
+    """The largest prototypes of the first head, largest first.
+
+    Args:
+      found: features of `source`.
+      source: the images.
+      most: how many prototypes at most; those without an image are left out.
+      images: how many images of each.
+
+    Returns:
+      For each: `prototype`, its number; `size`, how many images it has; `nearest`, the numbers of
+      its nearest ones; where there are labels, `label` and `share`, the most frequent class among
+      all its images and that class's share.
+    """
+    scores = found.scores[0]
+    assignments = np.where(found.readable, clusters.assign(scores), -1)
+    sizes = clusters.sizes(assignments[found.readable], scores.shape[1])
+    shown = []
+    for prototype in np.argsort(-sizes, kind='stable')[:most]:
+        members = np.flatnonzero(assignments == prototype)
+        if not len(members):
+            break
+        nearest = members[np.argsort(-scores[members, prototype], kind='stable')[:images]]
+        item = {'prototype': int(prototype), 'size': len(members), 'nearest': nearest}
+        if found.labels is not None:
+            counts = np.bincount(found.labels[members])
+            label = int(counts.argmax())
+            item['label'] = class_name(source, label)
+            item['share'] = counts[label] / len(members)
+        shown.append(item)
+    return shown
+
+
+def neighbors(found: Features, *, queries: int, images: int) -> list[tuple[int, np.ndarray]]:
+    """Images and those whose trunk features are nearest to theirs, nearest first.
+
+    Args:
+      found: features of N images.
+      queries: how many images to start from; with labels spread over the classes.
+      images: how many neighbours of each.
+
+    Returns:
+      Pairs of an image's number and its neighbours' numbers; none of N images have less than 2.
+    """
+    usable = np.flatnonzero(found.readable)
+    if len(usable) < 2:
+        return []
+    order = np.arange(len(usable))
+    if found.labels is not None:
+        order = np.argsort(found.labels[usable], kind='stable')
+    chosen = order[(2 * np.arange(queries) + 1) * len(order) // (2 * queries)]
+    k = min(images + 1, len(usable))
+    _, index = knn.neighbors(found.trunk[usable], found.trunk[usable[chosen]], k=k)
+    rows = [row[row != query][: k - 1] for query, row in zip(chosen, index, strict=True)]
+    return [(int(usable[query]), usable[row]) for query, row in zip(chosen, rows, strict=True)]
+
+
+def crops(source: Source, config: ConfigDict, *, images: int) -> list[list[np.ndarray]]:
+    """The crops of the first images of a run as the network saw them, uint8 (S, S, channels) each.
+
+    Raises:
+      UserError: there are no images.
+    """
+    count = min(images, len(source))
+    batch = next(
+        pipeline.train_batches(
+            source, config.data, seed=config.seed, global_batch=count, first_step=0
+        )
+    )
+    settings = {'seed': config.seed, 'data': config.data, 'augment': config.augment}
+    groups = jax.jit(lambda batch: augment.multi_crop(batch, **settings))(batch)
+    mean, std = np.array(config.data.mean), np.array(config.data.std)
+    seen: list[list[np.ndarray]] = [[] for _ in range(count)]
+    for group in jax.device_get(groups):
+        levels = np.uint8(np.clip(np.rint(255 * (group * std + mean)), 0, 255))
+        for row, crop in enumerate(levels):  # crop-major: the images take turns
+            seen[row % count].append(crop)
+    return seen
+
+
+def class_name(source: Source, label: int) -> str:
+    """What a label is called."""
+    return source.class_names[label] if source.class_names else f'class {label}'
+
+
+def thumbnail(source: Source, index: int, size: int = THUMBNAIL) -> np.ndarray:
+    """The middle square of an image, uint8 (size, size, 3); gray if it cannot be read."""
+    if isinstance(source, ArraySource):
+        image = source.read(index)
+    else:
+        image, _ = decode.decode_with_pil(source, size, 3, index)
+    picture = as_picture(image)
+    side = min(picture.size)
+    left, upper = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, upper, left + side, upper + side))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def as_picture(image: np.ndarray) -> Image.Image:
+    """An RGB picture of uint8 (H, W, channels); of other channels than 3 the first one, in gray."""
+    return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).convert('RGB')
+
+
+def data_uri(image: np.ndarray | Image.Image) -> str:
+    """An image as a part of a page: PNG, or JPEG where that would be large."""
+    picture = image if isinstance(image, Image.Image) else as_picture(image)
+    for kind, options in (('PNG', {'optimize': True}), ('JPEG', {'quality': 85})):
+        file = io.BytesIO()
+        picture.save(file, kind, **options)
+        if file.tell() < 4096:
+            break
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return f'data:image/{kind.lower()};base64,{encoded}'

@@ -1,0 +1,226 @@
+"""The report of a run: right, whole in one file, and as a browser shows it."""
+
+import json
+import re
+
+import browser
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.manifold import trustworthiness
+
+from configs import demo
+from swav_jax import config as settings
+from swav_jax.data import sources
+from swav_jax.data.images import ArraySource
+from swav_jax.evaluate import gallery, report, tsne
+from swav_jax.evaluate.features import Features
+
+
+def features_of(source, seed=0, prototypes=9):
+    """Features of images that are their pixels, and prototypes that are some of the images."""
+    pixels = np.stack([gallery.thumbnail(source, i, 8)[..., 0] for i in range(len(source))])
+    x = pixels.reshape(len(source), -1).astype(np.float32)
+    x = (x - x.mean(0)) / np.linalg.norm(x - x.mean(0), axis=1, keepdims=True)
+    chosen = np.random.default_rng(seed).choice(len(source), prototypes, replace=False)
+    readable = np.ones(len(source), bool)
+    return Features(x, x, (x @ x[chosen].T,), source.labels, readable)
+
+
+def write_log(workdir):
+    """What a run of 30 steps leaves behind, but for the checkpoints."""
+    rows = [
+        {
+            'step': s,
+            'epoch': s / 10,
+            'loss': None if s == 15 else 3 - s / 50,
+            'lr': 0.1,
+            'images_per_second': 100.0,
+            'data_wait': 0.0,
+            'loss_over_ln_k': (3 - s / 50) / 3.4,
+            'code_entropy': 2.0,
+            'active_prototypes': 20.0,
+        }
+        for s in (1, 10, 15, 20, 30)
+    ]
+    events = [{'step': 0, 'epoch': 0.0, 'knn_top1_untrained': 60.0}]
+    events.append({'step': 30, 'epoch': 3.0, 'knn_top1': 81.25, 'nmi': 0.5})
+    for name, lines in (('metrics', rows), ('events', events)):
+        (workdir / f'{name}.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in lines))
+    config = settings.to_dict(demo.get_config())
+    config['data']['source'] = 'folder:/<b>&'
+    (workdir / 'config.json').write_text(json.dumps(config))
+    summary = {'steps': 30, 'epochs': 3.0, 'loss_last': 2.4, 'loss_last_over_ln_k': 0.7}
+    summary |= {'knn_top1': 81.25, 'knn_top1_untrained': 60.0, 'images_per_second': 100.0}
+    (workdir / 'summary.json').write_text(json.dumps(summary))
+
+
+@pytest.fixture(scope='module')
+def crops():
+    source = sources.open_source('demo', limit=100, channels=1)
+    return gallery.crops(source, demo.get_config(), images=3)
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory, crops):
+    workdir = tmp_path_factory.mktemp('report') / 'a run'
+    workdir.mkdir()
+    write_log(workdir)
+    source = sources.open_source('demo:test', limit=200, channels=1)
+    found = features_of(source)
+    report.draw_loss(workdir)
+    report.draw_prototypes(workdir, found, source)
+    report.write(workdir, found, source, crops)
+    return workdir
+
+
+def test_the_page_tells_what_the_run_did(workdir):
+    page = (workdir / 'report.html').read_text()
+    for text in (
+        '81.2%',
+        'kNN top-1, 60.0% untrained',
+        '2.40',
+        '70% of ln K',
+        'Prototypes',
+        'Coat',
+    ):
+        assert text in page
+    assert 'trained on folder:/&lt;b&gt;&amp;' in page, 'what the user wrote is text, not markup'
+    for title in ('Loss', 'kNN top-1, percent', 'Entropy of the codes', 'Map of the embeddings'):
+        assert f'alt="{title}"' in page
+    assert page.count('alt="crop"') == 3 * 6
+    assert 'config.loss.epsilon' in page
+
+
+def test_the_page_needs_no_other_file(workdir):
+    page = (workdir / 'report.html').read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert not re.findall(r'https?://', page)
+    assert len(page) < 3_000_000
+
+
+def test_pictures(workdir):
+    for name in ('loss', 'prototypes', 'map'):
+        with Image.open(workdir / f'{name}.png') as image:
+            assert image.format == 'PNG'
+            assert min(image.size) > 300
+            assert len(image.convert('L').getcolors()) > 100, 'something is drawn'
+    left = {
+        path.name for path in workdir.iterdir() if path.suffix not in ('.png', '.json', '.jsonl')
+    }
+    assert left == {'report.html'}
+
+
+@pytest.mark.skipif(not browser.BINARY, reason='needs Chromium')
+def test_a_browser_shows_it(workdir, tmp_path):
+    with browser.browser(tmp_path) as tab:
+        for width, phone in ((1280, False), (390, True)):
+            tab.open(workdir / 'report.html', width, 900, phone=phone)
+            said = [e for e in tab.events if e.get('method') in browser.COMPLAINTS]
+            assert not said
+            requests = [
+                e['params']['request']['url']
+                for e in tab.events
+                if e.get('method') == 'Network.requestWillBeSent'
+            ]
+            assert [url for url in requests if not url.startswith('data:')] == [
+                (workdir / 'report.html').as_uri()
+            ]
+            assert tab.evaluate('document.documentElement.scrollWidth') <= width
+            assert tab.evaluate('document.images.length') > 100
+            assert tab.evaluate('[...document.images].every(image => image.naturalWidth)')
+            lines = tab.evaluate(
+                '[...document.querySelectorAll(".strip")].map(strip => new Set('
+                '[...strip.querySelectorAll(".thumb")].map(image => image.offsetTop)).size)'
+            )
+            assert max(lines) == 1, 'a prototype takes one line'
+        assert tab.print().startswith(b'%PDF')
+
+
+def test_a_report_of_little(tmp_path):
+    """No log, no labels, one image that cannot be read, a class without a name."""
+    images = np.random.default_rng(0).integers(0, 255, (12, 9, 7, 3), np.uint8)
+    source = ArraySource('x', images)
+    found = features_of(source, prototypes=3)
+    found.readable[4] = False
+    report.draw_loss(tmp_path)
+    report.write(tmp_path, found, source)
+    page = (tmp_path / 'report.html').read_text()
+    assert 'Prototypes' in page
+    assert 'another class' not in page
+    assert 'x[4]' not in page
+    assert not (tmp_path / 'loss.png').exists()
+    headless = Features(found.trunk, None, (), np.arange(12), found.readable)
+    report.write(tmp_path, headless, source)
+    assert 'Prototypes' not in (tmp_path / 'report.html').read_text()
+    one = Features(found.trunk[:1], None, (), None, np.ones(1, bool))
+    report.write(tmp_path, one, source.take([0]))
+
+
+def test_tensorboard_has_images_and_a_projector(tmp_path):
+    source = sources.open_source('demo:test', limit=30, channels=1)
+    report.write_tensorboard(tmp_path, features_of(source), source, 7)
+    (folder,) = (tmp_path / 'tensorboard').glob('*/default')
+    vectors = np.loadtxt(folder / 'tensors.tsv')
+    assert vectors.shape == (30, 64)
+    lines = (folder / 'metadata.tsv').read_text().splitlines()
+    assert len(lines) == 30
+    assert lines[0] == f'{source.class_names[source.labels[0]]} demo:test[0]'
+    with Image.open(folder / 'sprite.png') as sprite:
+        assert sprite.size == (32 * 6, 32 * 6)
+    assert 'tensors.tsv' in (tmp_path / 'tensorboard' / 'projector_config.pbtxt').read_text()
+
+
+def test_a_gallery_shows_the_largest_prototypes_and_their_nearest_images():
+    images = np.zeros((8, 4, 4, 1), np.uint8)
+    source = ArraySource('x', images, [0, 0, 1, 1, 1, 2, 2, 0], ['cat', 'dog', 'cow'])
+    scores = np.full((8, 5), -1.0)
+    scores[[0, 1, 2], 3] = [0.5, 0.9, 0.1]
+    scores[[3, 4, 5, 6], 1] = [0.2, 0.3, 0.4, 0.1]
+    scores[7, 0] = 0.9
+    found = Features(np.zeros((8, 2)), None, (scores,), source.labels, np.arange(8) < 7)
+    first, second = gallery.prototypes(found, source, most=5, images=3)
+    assert (first['prototype'], first['size'], first['label'], first['share']) == (1, 4, 'dog', 0.5)
+    assert first['nearest'].tolist() == [5, 4, 3]
+    assert (second['prototype'], second['size'], second['label']) == (3, 3, 'cat')
+    assert second['nearest'].tolist() == [1, 0, 2]
+    found.labels = None
+    assert 'label' not in gallery.prototypes(found, source, most=1, images=3)[0]
+
+
+def test_neighbours_are_others_and_readable():
+    x = np.eye(6, dtype=np.float32)[[0, 0, 0, 1, 1, 2]] + 0.01 * np.arange(6)[:, None]
+    found = Features(x, None, (), np.array([0, 0, 0, 1, 1, 2]), np.arange(6) != 1)
+    pairs = dict(gallery.neighbors(found, queries=5, images=2))
+    assert sorted(pairs) == [0, 2, 3, 4, 5]
+    assert pairs[0][0] == 2
+    assert pairs[3][0] == 4
+    assert all(query not in row and 1 not in row for query, row in pairs.items())
+
+
+def test_crops_are_those_of_training(crops):
+    shapes = [(28, 28, 1)] * 2 + [(16, 16, 1)] * 4
+    assert [[crop.shape for crop in image] for image in crops] == [shapes] * 3
+    assert all(crop.dtype == np.uint8 for image in crops for crop in image)
+    assert np.std([image[0].mean() for image in crops]) > 1, 'of different images'
+
+
+def test_a_thumbnail_is_the_middle_of_any_image(tmp_path):
+    """Red left and right of a blue square, as a PNG with a palette; the margins are cut off."""
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, :20] = pixels[:, 40:] = (255, 0, 0)
+    pixels[:, 20:40] = (0, 0, 255)
+    Image.fromarray(pixels).convert('P').save(tmp_path / 'a.png')
+    (tmp_path / 'b.png').write_bytes(b'not an image')
+    source = sources.open_source(f'folder:{tmp_path}', channels=3)
+    np.testing.assert_array_equal(gallery.thumbnail(source, 0, 8), np.full((8, 8, 3), (0, 0, 255)))
+    assert len(np.unique(gallery.thumbnail(source, 1, 8))) == 1
+
+
+def test_a_map_keeps_neighbours():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6, 20))[rng.integers(0, 6, 150)] + 0.3 * rng.standard_normal((150, 20))
+    points = tsne.embed(x)
+    assert trustworthiness(x, points) > 0.97
+    np.testing.assert_array_equal(points, tsne.embed(x))
+    assert np.isfinite(tsne.embed(np.ones((5, 3)))).all(), 'equal points are no trouble'
