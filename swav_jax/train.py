@@ -115,6 +115,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     if jax.process_index() == 0:
         report.draw_loss(workdir)
         report.draw_prototypes(workdir, found, evaluation.test)
+        monitor.say(f'{workdir} holds the summary and the pictures loss.png and prototypes.png')
     return summary
 
 
@@ -298,9 +299,11 @@ def introduce(
     """Say in a few lines what is about to run."""
     count = sum(x.size for x in jax.tree.leaves(state.params))
     device = mesh.devices.flat[0]
+    trunk = config.model.trunk
+    name = f'resnet{trunk.depth}' if trunk.name == 'resnet' else trunk.name
     monitor.say(
-        f'{config.model.trunk.name} depth {config.model.trunk.depth}, {count / 1e6:.2f} M '
-        f'parameters, {config.precision}; {mesh.size} × {device.device_kind}'
+        f'{name}, {count / 1e6:.2f} M parameters, {config.precision}; '
+        f'{mesh.size} × {device.device_kind}'
     )
     monitor.say(
         f'{sizes.num_images:,} images of {config.data.source}, {sizes.batch_size} a step '
