@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from swav_jax.models.pool import max_pool
+
 BLOCKS = {
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -116,7 +118,7 @@ class ResNet(nn.Module):
             x = self.conv(width, 3, name='conv1')(x)
         x = nn.relu(self.norm(name='bn1')(x, train))
         if self.stem == 'imagenet':
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = max_pool(x)
 
         block = self._block()
         strides = (1, 2, 2, self.layer4_stride)
