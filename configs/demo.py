@@ -36,9 +36,9 @@ def get_config(arg=''):
     config.loss.epsilon = 0.03
 
     config.optimizer.use_larc = False
-    config.optimizer.num_epochs = 9
+    config.optimizer.num_epochs = 10
     config.optimizer.param_schedulers.lr = settings.warmup_cosine(
-        warmup=0.1, base_value=0.96, start_value=0.024, end_value=0.96
+        warmup=0.1, base_value=1.6, start_value=0.024, end_value=1.6
     )
 
     config.evaluate.train_source = 'demo'
