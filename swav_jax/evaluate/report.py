@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
 import swav_jax
@@ -45,6 +46,25 @@ CURVES = {  # by the names in metrics.jsonl
     'images_per_second': 'Images a second',
     'data_wait': 'Seconds a step waits for data',
 }
+
+
+def write_all(
+    workdir: Path, found: Features, source: Source, train: Source, config: ConfigDict, step: int
+) -> None:
+    """Write all that the module's docstring lists.
+
+    Args:
+      workdir: the run's folder.
+      found: features of `source`.
+      source: the images to show, labelled or not.
+      train: the images that the run trains on, for its crops.
+      config: the run's settings.
+      step: steps that the run has made.
+    """
+    draw_loss(workdir)
+    draw_prototypes(workdir, found, source)
+    write(workdir, found, source, gallery.crops(train, config, images=4))
+    write_tensorboard(workdir, found, source, step)
 
 
 def draw_loss(workdir: Path) -> None:
@@ -102,7 +122,10 @@ def write(
 
 def write_tensorboard(workdir: Path, found: Features, source: Source, step: int) -> None:
     """Add the prototypes' images and a projector of embeddings to the run's TensorBoard."""
-    chosen = _some(found, MAPPED)
+    # A square of thumbnails: tensorboardX leaves the rest of one unset.
+    chosen = _some(found, math.isqrt(min(MAPPED, np.count_nonzero(found.readable))) ** 2)
+    if (workdir / 'tensorboard' / f'{step:05}').exists():  # by an earlier call
+        return
     with SummaryWriter(str(workdir / 'tensorboard')) as writer:
         for place, item in enumerate(gallery.prototypes(found, source, most=30, images=10)):
             strip = np.concatenate([gallery.thumbnail(source, i) for i in item['nearest']], axis=1)
@@ -332,10 +355,7 @@ def main(arguments: argparse.Namespace) -> None:
     source = model.open(shown or config.data.source, limit)
     found = model.extract(source, progress=True)
     train = model.open(config.data.source, config.data.limit)
-    draw_loss(model.workdir)
-    draw_prototypes(model.workdir, found, source)
-    write(model.workdir, found, source, gallery.crops(train, config, images=4))
-    write_tensorboard(model.workdir, found, source, model.step)
+    write_all(model.workdir, found, source, train, config, model.step)
     print(f'written to {model.workdir / "report.html"}')
 
 
