@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,11 @@ class Checkpoints:
 
     def _delete_temporaries(self) -> None:
         for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
-            shutil.rmtree(path, ignore_errors=True)
+            for _ in range(20):
+                shutil.rmtree(path, ignore_errors=True)
+                if not path.exists():
+                    break
+                time.sleep(0.1)  # after a failed write other threads may still write into it
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

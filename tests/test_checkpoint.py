@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from swav_jax.checkpoint import Checkpoints, _digest
 from swav_jax.errors import UserError
+from swav_jax.mesh import AXES, put
 
 METADATA = {'config': {'seed': 3, 'loss': {'epsilon': 0.05}, 'crops': [2, 6]}, 'version': '0.1.0'}
 
@@ -36,9 +38,7 @@ class State:
 
 def make_state(seed: int, *, devices: int = 8, members: int = 2, rows: int = 1024) -> State:
     """A state whose queue is sharded over `devices` and whose other arrays are on each of them."""
-    mesh = Mesh(
-        np.array(jax.devices()[:devices]).reshape(-1, min(members, devices)), ('group', 'member')
-    )
+    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(-1, min(members, devices)), AXES)
     rng = np.random.default_rng(seed)
     params = {
         'head': {'kernel': jnp.asarray(rng.standard_normal((40, 24)), jnp.float32)},
@@ -52,9 +52,8 @@ def make_state(seed: int, *, devices: int = 8, members: int = 2, rows: int = 102
         opt_state=optimizer.init(params),
         queue=jnp.asarray(rng.standard_normal((2, rows, 16)), jnp.float32),
     )
-    replicated = jax.device_put(state, NamedSharding(mesh, P()))
-    sharded = NamedSharding(mesh, P(None, ('group', 'member')))
-    return replicated.replace(queue=jax.device_put(state.queue, sharded))
+    queue = put(mesh, state.queue, P(None, AXES))
+    return put(mesh, state.replace(queue=None)).replace(queue=queue)
 
 
 def abstract(state: State) -> State:
@@ -311,3 +310,69 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         assert_same(checkpoints.restore(make_state(0))[0], make_state(1))
     assert {path.name for path in tmp_path.iterdir()} == {'1'}
+
+
+PROCESS = """
+import os, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[4:]
+import jax
+rank = int(sys.argv[1])
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.distributed.initialize(f'localhost:{sys.argv[2]}', 2, rank)
+from jax.experimental import multihost_utils
+from test_checkpoint import assert_mine, damage, data_file, make_state
+from swav_jax.checkpoint import Checkpoints
+
+directory = Path(sys.argv[3])
+checkpoints = Checkpoints(directory, keep=2)
+for step in (1, 2):
+    checkpoints.save(step, make_state(step), {'step': step})
+checkpoints.wait()
+state, metadata = checkpoints.restore(make_state(0))
+assert_mine(state, make_state(2))
+if rank == 0:
+    damage(data_file(directory / '2' / 'state' / 'ocdbt.process_1'), 'cut')
+multihost_utils.sync_global_devices('damaged')
+state, metadata = checkpoints.restore(make_state(0))
+assert metadata == {'step': 1}
+assert_mine(state, make_state(1))
+checkpoints.save(2, make_state(5), {'step': 'again'})
+checkpoints.wait()
+assert_mine(checkpoints.restore(make_state(0))[0], make_state(5))
+checkpoints.close()
+print('done')
+"""
+
+
+def assert_mine(actual: State, expected: State) -> None:
+    """This process's parts are the same."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        for mine, theirs in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            np.testing.assert_array_equal(np.asarray(mine.data), np.asarray(theirs.data))
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_what_is_damaged(tmp_path):
+    """The damage is in a file that only one of them reads; neither may wait for the other."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    here = Path(__file__).parent
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', PROCESS, str(rank), str(port), tmp_path, here, here.parent],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'},
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            out, error = process.communicate(timeout=120)
+            assert out.strip().endswith('done'), error
+    finally:
+        for process in processes:
+            process.kill()
