@@ -30,6 +30,7 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from swav_jax import digest
 from swav_jax.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -240,8 +241,8 @@ class Checkpoints:
             problem = str(error).strip().partition('\n')[0][:120]
         if not _on_all_processes(problem is None):
             raise _DamagedError(problem or 'another process cannot read it')
-        for name, digest in _digests(state).items():
-            if digest != saved[name]['digest']:
+        for name, found in digest.digests(state).items():
+            if found != saved[name]['digest']:
                 raise _DamagedError(f'{name} is not what was written')
         return state, content['metadata']
 
@@ -360,23 +361,16 @@ def _nested(arrays: dict[str, dict]) -> dict[str, Any]:
     return tree
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 def _describe(state: Any) -> dict[str, dict]:
-    digests = _digests(state)
+    found = digest.digests(state)
     return {
-        name: {'dtype': leaf.dtype.name, 'shape': list(leaf.shape), 'digest': digests[name]}
-        for name, leaf in _named(state).items()
+        name: {'dtype': leaf.dtype.name, 'shape': list(leaf.shape), 'digest': found[name]}
+        for name, leaf in digest.named(state).items()
     }
 
 
 def _shapes(like: Any) -> dict[str, str]:
-    return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in _named(like).items()}
+    return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in digest.named(like).items()}
 
 
 def _shape_of(array: dict | None) -> str:
@@ -385,32 +379,3 @@ def _shape_of(array: dict | None) -> str:
 
 def _sha256(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digests(state: Any) -> dict[str, str]:
-    sums = jax.device_get({name: _digest(leaf) for name, leaf in _named(state).items()})
-    return {name: ''.join(f'{int(word):08x}' for word in pair) for name, pair in sums.items()}
-
-
-@jax.jit
-def _digest(x: jax.Array) -> jax.Array:
-    """Two sums (2,) uint32 over the bits of an array, each word times an odd factor of its place.
-
-    Integer sums wrap around and come out the same in any order, so on any number of devices. A
-    change of a single word always changes them (an odd factor has an inverse modulo 2^32); any
-    other damage goes unseen once in 2^64.
-    """
-    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-    bits = jax.lax.bitcast_convert_type(x, f'uint{8 * min(x.dtype.itemsize, 4)}')
-    words = bits.astype(jnp.uint32)
-    place = jnp.zeros(words.shape, jnp.uint32)
-    for axis, length in enumerate(words.shape):
-        place = place * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.stack([jnp.sum(words * _odd_factor(place, seed)) for seed in (1, 2)])
-
-
-def _odd_factor(place: jax.Array, seed: int) -> jax.Array:
-    """Uint32 hash of a place: multiply, shift, xor, as in integer finalisers."""
-    h = place * jnp.uint32(0x9E3779B1) + jnp.uint32(seed * 0x7F4A7C15 % 2**32)
-    h = (h ^ (h >> 15)) * jnp.uint32(0x85EBCA77)
-    return (h ^ (h >> 13)) | jnp.uint32(1)

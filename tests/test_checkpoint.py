@@ -19,7 +19,8 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from swav_jax.checkpoint import Checkpoints, _digest
+from swav_jax.checkpoint import Checkpoints
+from swav_jax.digest import digest
 from swav_jax.errors import UserError
 from swav_jax.mesh import AXES, put
 
@@ -125,14 +126,14 @@ def test_a_digest_sees_every_changed_place(dtype):
     """Each single change, and two values that trade places; -0 is not 0."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 7)).astype(jnp.dtype(dtype))
-    seen = [tuple(_digest(jnp.asarray(x)))]
+    seen = [tuple(digest(jnp.asarray(x)))]
     for place in np.ndindex(x.shape):
         changed = x.copy()
         changed.view(np.uint8)[place[0], place[1] * x.itemsize] ^= 1
-        seen.append(tuple(_digest(jnp.asarray(changed))))
+        seen.append(tuple(digest(jnp.asarray(changed))))
     if dtype == 'float32':
-        seen.append(tuple(_digest(jnp.asarray(x[::-1]))))
-        seen += [tuple(_digest(jnp.zeros((5, 7)))), tuple(_digest(-jnp.zeros((5, 7))))]
+        seen.append(tuple(digest(jnp.asarray(x[::-1]))))
+        seen += [tuple(digest(jnp.zeros((5, 7)))), tuple(digest(-jnp.zeros((5, 7))))]
     assert len({tuple(map(int, pair)) for pair in seen}) == len(seen)
 
 
