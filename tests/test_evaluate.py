@@ -12,6 +12,7 @@ from configs import demo
 from swav_jax import augment, models
 from swav_jax import mesh as meshes
 from swav_jax.data import pipeline, sources
+from swav_jax.data.images import ArraySource
 from swav_jax.errors import UserError
 from swav_jax.evaluate import clusters, features, knn
 
@@ -148,3 +149,11 @@ def test_an_unreadable_image_keeps_its_place(network, tmp_path):
     found = features.extract(net, variables, source, config)
     assert found.readable.tolist() == [True, False, True]
     assert found.labels is None
+
+
+def test_images_smaller_than_the_crop_are_enlarged(network):
+    net, variables, config = network
+    images = np.random.default_rng(0).integers(0, 255, (3, 9, 5, 1), np.uint8)
+    found = features.extract(net, variables, ArraySource('x', images), config)
+    assert np.isfinite(found.trunk).all()
+    assert np.std(found.embeddings, 0).mean() > 1e-4

@@ -24,7 +24,7 @@ from swav_jax.evaluate.model import Model
 from swav_jax.models.norm import BatchNorm
 
 Tree = dict[str, Any]
-Batches = Iterator[dict[str, np.ndarray]]  # `label` (B,) and what `Look` wants
+Batches = Iterator[dict[str, np.ndarray]]  # `label`, `weight` (B,) and what `Look` wants
 Look = Callable[[models.SwAVNet, dict[str, jax.Array], bool], jax.Array]  # features of a batch
 
 
@@ -135,17 +135,20 @@ def fit(
             donate_argnums=0,
         )
         trunk = meshes.put(mesh, _trunk_of(model.variables))
+        loss = None
         for number in track(range(first + 1, last + 1), 'training', last, completed=first):
-            state = step(state, trunk, meshes.put_batch(mesh, next(batches)))
+            batch = meshes.put_batch(mesh, next(batches))
+            previous, (state, loss) = loss, step(state, trunk, batch)
+            jax.block_until_ready(previous)  # one step computes, one waits; more would hold memory
             if number % steps_per_epoch == 0:
-                if not np.isfinite(loss := float(state['loss'])):
+                if not np.isfinite(loss):
                     raise UserError(f'the loss is {loss}: lower the learning rates')
                 checkpoints.save(number, state, about)
     checkpoints.close()
-    return test_classifier(model, net, state, test) | {'loss': float(state['loss'])}
+    return measure(model, net, state, test) | {'loss': float(state['loss'])}
 
 
-def test_classifier(model: Model, net: Classifier, state: Tree, test: Source) -> dict[str, float]:
+def measure(model: Model, net: Classifier, state: Tree, test: Source) -> dict[str, float]:
     """`accuracies` on `test` of a classifier, with the trunk that was trained with it, if any."""
     state = jax.tree.map(np.asarray, state)
     trunk = _trunk_of(model.variables)
@@ -154,7 +157,7 @@ def test_classifier(model: Model, net: Classifier, state: Tree, test: Source) ->
     found = extract(model.net, trunk, test, model.config, has_head=False, progress=True)
     variables = {kind: state[kind]['classifier'] for kind in ('params', 'batch_stats')}
     logits = jax.jit(lambda x: net.apply(variables, x, False))(found.trunk)
-    return accuracies(np.asarray(logits), test.labels)
+    return accuracies(np.asarray(logits)[found.readable], test.labels[found.readable])
 
 
 def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -164,9 +167,12 @@ def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     return {'top1': float(100 * hit[:, 0].mean()), 'top5': float(100 * hit.any(1).mean())}
 
 
-def _centres(model: Model, source: Source, batch_size: int, seed: int, _, first: int):
+def _centres(
+    model: Model, source: Source, batch_size: int, seed: int, _: None, first: int
+) -> tuple[Look, Batches]:
     """Batches of features that are computed once, of the images' centres."""
-    features = model.extract(source, has_head=False, progress=True).trunk
+    found = model.extract(source, has_head=False, progress=True)
+    weight = np.float32(found.readable)
     share = batch_size // jax.process_count()
     start = jax.process_index() * share
 
@@ -175,13 +181,24 @@ def _centres(model: Model, source: Source, batch_size: int, seed: int, _, first:
             epoch, place = divmod(step, len(source) // batch_size)
             order = np.random.default_rng([seed, epoch]).permutation(len(source))
             chosen = order[place * batch_size :][start : start + share]
-            yield {'features': features[chosen], 'label': source.labels[chosen]}
+            yield {
+                'features': found.trunk[chosen],
+                'label': source.labels[chosen],
+                'weight': weight[chosen],
+            }
             step += 1
 
     return (lambda net, batch, train: batch['features']), batches(first)
 
 
-def _crops(model: Model, source: Source, batch_size: int, seed: int, scale, first: int):
+def _crops(
+    model: Model,
+    source: Source,
+    batch_size: int,
+    seed: int,
+    scale: tuple[float, float],
+    first: int,
+) -> tuple[Look, Batches]:
     """Batches of images, of which the network sees a random crop, flipped half of the time."""
     data = model.config.data.copy_and_resolve_references().unlock()
     data.num_crops, data.size_crops, data.crop_scales = (
@@ -208,8 +225,8 @@ def _crops(model: Model, source: Source, batch_size: int, seed: int, scale, firs
 
 def _make_step(
     trunk_net: models.SwAVNet, net: Classifier, tx: optax.GradientTransformation, look: Look
-) -> Callable[[Tree, Tree, Tree], Tree]:
-    """A training step: the state, the frozen trunk's variables and a batch → the next state."""
+) -> Callable[[Tree, Tree, Tree], tuple[Tree, jax.Array]]:
+    """A step: the state, the frozen trunk's variables and a batch → the next state and the loss."""
 
     def step(state, trunk, batch):
         finetune = 'trunk' in state['params']
@@ -229,17 +246,19 @@ def _make_step(
             if finetune:
                 new_stats['trunk'] = moved['batch_stats']['trunk']
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
-            return losses.mean(), new_stats
+            weight = batch['weight']  # 0 for an image that could not be read
+            return jnp.sum(losses * weight) / jnp.maximum(jnp.sum(weight), 1), new_stats
 
         (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(state['params'])
         updates, opt_state = tx.update(grads, state['opt_state'], state['params'])
-        return {
+        state = {
             'step': state['step'] + 1,
             'params': optax.apply_updates(state['params'], updates),
             'batch_stats': stats,
             'opt_state': opt_state,
             'loss': loss,
         }
+        return state, loss
 
     return step
 

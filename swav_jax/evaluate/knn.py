@@ -78,15 +78,24 @@ def neighbors(train_x: np.ndarray, test_x: np.ndarray, *, k: int) -> tuple[np.nd
     Raises:
       UserError: `k` is more than N.
     """
-    if not 1 <= k <= len(train_x):
-        raise UserError(
-            f'config.evaluate.k={k} neighbours cannot be found among {len(train_x)} labelled '
-            f'images: use 1 to {len(train_x)}'
-        )
+    check(k, len(train_x))
     mesh = Mesh(np.array(jax.local_devices()), ('row',))
     found = [_block_neighbors(train_x, rows, k, mesh) for rows in _blocks(test_x, _TEST_ROWS)]
     similarity, index = zip(*found, strict=True)
     return np.concatenate(similarity), np.concatenate(index)
+
+
+def check(k: int, count: int) -> None:
+    """Make sure that `count` images can have `k` neighbours.
+
+    Raises:
+      UserError: they cannot.
+    """
+    if not 1 <= k <= count:
+        raise UserError(
+            f'config.evaluate.k={k} neighbours cannot be found among {count} labelled images: use '
+            f'1 to {count}'
+        )
 
 
 @functools.partial(jax.jit, static_argnames=('num_classes',))
@@ -157,22 +166,31 @@ def main(arguments: argparse.Namespace) -> None:
     model = command.load(arguments)
     evaluate = model.config.evaluate
     train, test = command.open_labelled(model, arguments)
-    train_x, test_x = (
-        getattr(model.extract(source, progress=True), arguments.features)
+    ks = sorted(arguments.k or [evaluate.k])
+    for k in (ks[0], ks[-1]):
+        check(k, len(train))
+    if arguments.features == 'embeddings':
+        model.need_head()
+    (train_x, train_y), (test_x, test_y) = (
+        _readable(model.extract(source, progress=True), arguments.features)
         for source in (train, test)
     )
-    ks = sorted(arguments.k or [evaluate.k])
     similarity, index = neighbors(train_x, test_x, k=ks[-1])
-    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    print(f'{len(train):,} images vote on {len(test):,}; temperature {evaluate.temperature}')
+    num_classes = int(max(train_y.max(), test_y.max())) + 1
+    print(f'{len(train_y):,} images vote on {len(test_y):,}; temperature {evaluate.temperature}')
     for k in ks:
         predicted = vote(
             similarity[:, :k],
-            train.labels[index[:, :k]],
+            train_y[index[:, :k]],
             temperature=evaluate.temperature,
             num_classes=num_classes,
         )
-        print(f'k = {k:<4} top-1 {100 * np.mean(predicted == test.labels):.2f}%')
+        print(f'k = {k:<4} top-1 {100 * np.mean(predicted == test_y):.2f}%')
+
+
+def _readable(found, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Features of that name and labels of the images that could be decoded."""
+    return getattr(found, name)[found.readable], found.labels[found.readable]
 
 
 if __name__ == '__main__':

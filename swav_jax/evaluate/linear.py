@@ -109,9 +109,12 @@ def report(result: Mapping[str, Any], out: Path) -> None:
 def regress(model: Model, train: Source, test: Source, c: float) -> dict[str, float]:
     """`top1` and `top5` on `test` of the logistic regression of the features of `train`."""
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    x, y = (model.extract(s, has_head=False, progress=True).trunk for s in (train, test))
-    weights, bias = logistic.fit(x, train.labels, num_classes, c=c)
-    return accuracies(y @ weights + bias, test.labels)
+    seen, tested = (model.extract(s, has_head=False, progress=True) for s in (train, test))
+    weights, bias = logistic.fit(
+        seen.trunk[seen.readable], train.labels[seen.readable], num_classes, c=c
+    )
+    logits = tested.trunk[tested.readable] @ weights + bias
+    return accuracies(logits, test.labels[tested.readable])
 
 
 def _change(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
