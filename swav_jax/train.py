@@ -1,35 +1,29 @@
 """One run, from top to bottom: devices, data, state, resume, the loop, what it learned."""
 
-import functools
-import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import swav_jax
 from swav_jax import config as settings
 from swav_jax import mesh as meshes
-from swav_jax import models, optim, swav, torch_weights
+from swav_jax import optim
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.data import pipeline, sources
 from swav_jax.data.bad_images import BadImages
 from swav_jax.errors import UserError
-from swav_jax.evaluate import clusters, features, knn, report
+from swav_jax.evaluate import report
+from swav_jax.evaluate.online import OnlineEvaluation, Results
+from swav_jax.initial_state import make_schedule, make_state, start_from
 from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
-from swav_jax.precision import COMPUTE_DTYPES, LossScale
-from swav_jax.step import TrainState, make_train_step, state_specs
-
-Results = dict[str, float]
+from swav_jax.step import TrainState, make_train_step
+from swav_jax.workdir import open_workdir, write_config
 
 
 def run(config: ConfigDict, workdir: str | Path) -> Results:
@@ -48,11 +42,16 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     check_float64(config)
     workdir = open_workdir(workdir)
     mesh = meshes.make_mesh(config.model.sync_bn)
-    source = open_data(config, config.data.source, workdir, limit=config.data.limit)
+    source = sources.open_source(
+        config.data.source,
+        limit=config.data.limit,
+        channels=config.data.channels,
+        cache_dir=str(workdir),
+    )
     sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
     schedule = make_schedule(config, sizes)
     net, tx, state = make_state(config, sizes, schedule, mesh)
-    evaluation = Evaluation(config, net, mesh, workdir)
+    evaluation = OnlineEvaluation(config, net, mesh, workdir)
 
     checkpoints = Checkpoints(
         workdir / 'checkpoints',
@@ -136,39 +135,6 @@ def check_float64(config: ConfigDict) -> None:
             )
 
 
-def open_workdir(workdir: str | Path) -> Path:
-    """The folder of the run, made if it is missing.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    path = Path(workdir).expanduser().absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(
-            f'--workdir={workdir} cannot be written ({error.strerror}): name another folder'
-        ) from error
-    return path
-
-
-def open_data(config: ConfigDict, source: str, workdir: Path, **kwargs: Any) -> sources.Source:
-    """The images that a source stands for; long listings are kept beside the run."""
-    return sources.open_source(
-        source, channels=config.data.channels, cache_dir=str(workdir), **kwargs
-    )
-
-
-def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Put the settings into config.json, once whole."""
-    if jax.process_index() == 0:
-        temporary = workdir / f'.config.json.{os.getpid()}'
-        temporary.write_text(json.dumps(settings.to_dict(config), indent=2) + '\n')
-        temporary.replace(workdir / 'config.json')
-
-
 def describe(config: ConfigDict, results: Results) -> dict[str, Any]:
     """What a checkpoint carries beside the state."""
     return {
@@ -176,92 +142,6 @@ def describe(config: ConfigDict, results: Results) -> dict[str, Any]:
         'version': swav_jax.__version__,
         'results': results,
     }
-
-
-def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
-    """The learning rate as a function of the step.
-
-    Raises:
-      UserError: the schedule is not known or its pieces do not fit.
-    """
-    try:
-        return optim.learning_rate(
-            config.optimizer.param_schedulers.lr,
-            batch_size=sizes.batch_size,
-            total_steps=sizes.total_steps,
-            steps_per_epoch=sizes.steps_per_epoch,
-        )
-    except (ValueError, KeyError) as error:
-        raise UserError(f'config.optimizer.param_schedulers.lr: {error}') from error
-
-
-def make_state(
-    config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: Mesh
-) -> tuple[models.SwAVNet, optax.GradientTransformation, TrainState]:
-    """The network, the optimizer, and the state before the first step, laid over the mesh.
-
-    Raises:
-      UserError: the settings name no network or no parameter.
-    """
-    build = functools.partial(
-        models.build,
-        config.model,
-        channels=config.data.channels,
-        dtype=COMPUTE_DTYPES[config.precision],
-    )
-    plain = build()
-    crops = [
-        jnp.zeros((2, size, size, config.data.channels)) for size in set(config.data.size_crops)
-    ]
-    frozen = dict(config.model.temp_frozen_params_iter_map)
-
-    def initial(tx=None):
-        variables = plain.init(jax.random.key(config.seed), crops, train=True)
-        params = variables['params']
-        if config.loss.normalize_last_layer:
-            params = swav.normalize_prototypes(params)
-        queue = None
-        if sizes.queue_batches:
-            dim = config.model.head.dims[-1]
-            queue = swav.Queue.empty(
-                len(config.loss.crops_for_assign),
-                sizes.queue_batches,
-                sizes.batch_size,
-                dim,
-                jnp.promote_types(COMPUTE_DTYPES[config.precision], jnp.float32),
-            )
-        return TrainState(
-            step=jnp.int32(0),
-            params=params,
-            batch_stats=variables['batch_stats'],
-            opt_state=tx and tx.init(params),
-            queue=queue,
-            loss_scale=LossScale.initial(config.precision),
-        )
-
-    shapes = jax.eval_shape(initial)
-    try:
-        tx = optim.make_optimizer(config.optimizer, schedule, frozen, shapes.params)
-        specs = state_specs(jax.eval_shape(lambda: initial(tx)))
-    except ValueError as error:
-        raise UserError(f'config.model.temp_frozen_params_iter_map={frozen}: {error}') from error
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    state = jax.jit(lambda: initial(tx), out_shardings=shardings)()
-    return build(axis_names=('member',), mesh_axes=meshes.AXES), tx, state
-
-
-def start_from(config: ConfigDict, state: TrainState, mesh: Mesh) -> TrainState:
-    """The state before the first step with the weights that `config.init_from` names."""
-    params, batch_stats = torch_weights.load_into(
-        jax.device_get(state.params),
-        jax.device_get(state.batch_stats),
-        config.init_from,
-        allow_partial=config.init_allow_partial,
-    )
-    if config.loss.normalize_last_layer:
-        params = swav.normalize_prototypes(params)
-    params, batch_stats = meshes.put(mesh, (params, batch_stats))
-    return state.replace(params=params, batch_stats=batch_stats)
 
 
 def fetch(
@@ -323,52 +203,3 @@ def introduce(
         )
     if int(state.step):
         monitor.say(f'going on from step {int(state.step):,}')
-
-
-class Evaluation:
-    """What the network has learned so far, on images that it does not train on.
-
-    Images of `config.evaluate.train_source` vote on the labels of `config.evaluate.test_source`.
-    Without these two there is nothing to measure, and the pictures show training images.
-    """
-
-    pictured = 2000  # images of the training data, where there is no test data
-
-    def __init__(self, config: ConfigDict, net: models.SwAVNet, mesh: Mesh, workdir: Path):
-        self.config, self.net, self.mesh = config, net, mesh
-        train, test = config.evaluate.train_source, config.evaluate.test_source
-        limit = 0 if test else self.pictured
-        where = 'config.evaluate.{}_source'.format
-        self.test = open_data(
-            config, test or config.data.source, workdir, limit=limit, setting=where('test')
-        )
-        self.train = (
-            open_data(config, train, workdir, setting=where('train')) if train and test else None
-        )
-        for source in filter(None, (self.train, self.test if self.train else None)):
-            if source.labels is None:
-                raise UserError(
-                    'config.evaluate.train_source and test_source need labelled images: name '
-                    "folders of class folders, or set both to ''"
-                )
-
-    def run(self, state: TrainState) -> Results:
-        """`knn_top1` in percent, and `nmi` of prototypes and labels; empty without labels."""
-        if self.train is None:
-            return {}
-        test = self.look(state, self.test)
-        top1 = knn.accuracy(
-            self.look(state, self.train).trunk,
-            self.train.labels,
-            test.trunk,
-            self.test.labels,
-            k=self.config.evaluate.k,
-            temperature=self.config.evaluate.temperature,
-        )
-        nmi = clusters.nmi(self.test.labels, clusters.assign(test.scores[0]))
-        return {'knn_top1': top1, 'nmi': nmi}
-
-    def look(self, state: TrainState, source: sources.Source) -> features.Features:
-        """Features of all images of a source."""
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
-        return features.extract(self.net, variables, source, self.config, self.mesh)

@@ -10,7 +10,7 @@ import pytest
 
 from swav_jax import config as settings
 from swav_jax import mesh as meshes
-from swav_jax import models, optim, recipes, train
+from swav_jax import models, optim, recipes
 from swav_jax.errors import UserError
 from swav_jax.step import make_train_step
 
@@ -142,7 +142,7 @@ def test_one_step_has_shapes(name):
     made = {}
 
     def make_state():
-        made['net'], made['tx'], state = train.make_state(
+        made['net'], made['tx'], state = initial_state.make_state(
             config, sizes, learning_rate(config, sizes), mesh
         )
         return state

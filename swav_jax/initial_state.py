@@ -1,0 +1,102 @@
+"""The state that a run starts from: network, optimizer and numbers, laid over the mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from swav_jax import config as settings
+from swav_jax import mesh as meshes
+from swav_jax import models, optim, swav, torch_weights
+from swav_jax.errors import UserError
+from swav_jax.precision import COMPUTE_DTYPES, LossScale
+from swav_jax.step import TrainState, state_specs
+
+
+def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
+    """The learning rate as a function of the step.
+
+    Raises:
+      UserError: the schedule is not known or its pieces do not fit.
+    """
+    try:
+        return optim.learning_rate(
+            config.optimizer.param_schedulers.lr,
+            batch_size=sizes.batch_size,
+            total_steps=sizes.total_steps,
+            steps_per_epoch=sizes.steps_per_epoch,
+        )
+    except (ValueError, KeyError) as error:
+        raise UserError(f'config.optimizer.param_schedulers.lr: {error}') from error
+
+
+def make_state(
+    config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: Mesh
+) -> tuple[models.SwAVNet, optax.GradientTransformation, TrainState]:
+    """The network, the optimizer, and the state before the first step, laid over the mesh.
+
+    Raises:
+      UserError: the settings name no network or no parameter.
+    """
+    build = functools.partial(
+        models.build,
+        config.model,
+        channels=config.data.channels,
+        dtype=COMPUTE_DTYPES[config.precision],
+    )
+    plain = build()
+    crops = [
+        jnp.zeros((2, size, size, config.data.channels)) for size in set(config.data.size_crops)
+    ]
+    frozen = dict(config.model.temp_frozen_params_iter_map)
+
+    def initial(tx=None):
+        variables = plain.init(jax.random.key(config.seed), crops, train=True)
+        params = variables['params']
+        if config.loss.normalize_last_layer:
+            params = swav.normalize_prototypes(params)
+        queue = None
+        if sizes.queue_batches:
+            dim = config.model.head.dims[-1]
+            queue = swav.Queue.empty(
+                len(config.loss.crops_for_assign),
+                sizes.queue_batches,
+                sizes.batch_size,
+                dim,
+                jnp.promote_types(COMPUTE_DTYPES[config.precision], jnp.float32),
+            )
+        return TrainState(
+            step=jnp.int32(0),
+            params=params,
+            batch_stats=variables['batch_stats'],
+            opt_state=tx and tx.init(params),
+            queue=queue,
+            loss_scale=LossScale.initial(config.precision),
+        )
+
+    shapes = jax.eval_shape(initial)
+    try:
+        tx = optim.make_optimizer(config.optimizer, schedule, frozen, shapes.params)
+        specs = state_specs(jax.eval_shape(lambda: initial(tx)))
+    except ValueError as error:
+        raise UserError(f'config.model.temp_frozen_params_iter_map={frozen}: {error}') from error
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    state = jax.jit(lambda: initial(tx), out_shardings=shardings)()
+    return build(axis_names=('member',), mesh_axes=meshes.AXES), tx, state
+
+
+def start_from(config: ConfigDict, state: TrainState, mesh: Mesh) -> TrainState:
+    """The state before the first step with the weights that `config.init_from` names."""
+    params, batch_stats = torch_weights.load_into(
+        jax.device_get(state.params),
+        jax.device_get(state.batch_stats),
+        config.init_from,
+        allow_partial=config.init_allow_partial,
+    )
+    if config.loss.normalize_last_layer:
+        params = swav.normalize_prototypes(params)
+    params, batch_stats = meshes.put(mesh, (params, batch_stats))
+    return state.replace(params=params, batch_stats=batch_stats)
