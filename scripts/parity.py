@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import torchvision
-from jax.sharding import PartitionSpec as P
 
 from swav_jax import config as settings
 from swav_jax import models, optim, step, swav, torch_weights
-from swav_jax.mesh import AXES, BATCH, make_mesh, put
+from swav_jax.mesh import AXES, make_mesh, put
+from swav_jax.state import Layout
 
 CROPS = ((64, 2), (32, 2))  # size, number
 PROTOTYPES, HIDDEN, DIM, FROZEN_STEPS = 30, 64, 16, 2
@@ -174,16 +174,9 @@ def main():
     buffers = {}
 
     net = models.build(config.model, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
-    specs = step.state_specs(state)
+    layout = Layout(mesh, state, 'replicated')
     update = jax.jit(
-        jax.shard_map(
-            lambda state, crops, weights: step.update(
-                net, tx, config, state, [c.reshape(-1, *c.shape[2:]) for c in crops], weights
-            ),
-            mesh=mesh,
-            in_specs=(specs, [P(None, AXES)] * len(CROPS), BATCH),
-            out_specs=(specs, P()),
-        )
+        lambda state, crops, weights: step.update(net, tx, config, layout, state, crops, weights)
     )
 
     print(f'{args.arch}, {args.precision}, batch {args.batch}, crops {CROPS}, LARC')

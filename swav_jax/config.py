@@ -20,6 +20,7 @@ def default() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.precision = 'float32'
+    config.sharding = 'replicated'  # 'zero': each device keeps a slice of weights and momentum
     config.init_from = ''  # PyTorch weights, or another run's folder, to start from
     config.init_allow_partial = False  # start from them also where they do not fill the trunk
 
@@ -278,6 +279,7 @@ def validate(config: ConfigDict) -> None:
         f'at most config.evaluate.resize={config.evaluate.resize}: a crop lies inside of its image',
     )
     _check(config, 'precision', _is_one_of('float32', 'bfloat16', 'float16', 'float64'))
+    _check(config, 'sharding', _is_one_of('replicated', 'zero'))
     _check(config, 'optimizer.name', _is_one_of('sgd', 'lars'))
     _check(
         config, 'data.source', bool, 'a source of images, as --config.data.source=folder:/images'

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
@@ -13,7 +13,7 @@ from swav_jax import mesh as meshes
 from swav_jax import models, optim, swav, torch_weights
 from swav_jax.errors import UserError
 from swav_jax.precision import COMPUTE_DTYPES, LossScale
-from swav_jax.step import TrainState, state_specs
+from swav_jax.state import Layout, TrainState
 
 
 def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
@@ -35,8 +35,8 @@ def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
 
 def make_state(
     config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: Mesh
-) -> tuple[models.SwAVNet, optax.GradientTransformation, TrainState]:
-    """The network, the optimizer, and the state before the first step, laid over the mesh.
+) -> tuple[models.SwAVNet, optax.GradientTransformation, Layout, TrainState]:
+    """The network, the optimizer, and the state before the first step, with its layout.
 
     Raises:
       UserError: the settings name no network or no parameter.
@@ -80,23 +80,23 @@ def make_state(
     shapes = jax.eval_shape(initial)
     try:
         tx = optim.make_optimizer(config.optimizer, schedule, frozen, shapes.params)
-        specs = state_specs(jax.eval_shape(lambda: initial(tx)))
+        layout = Layout(mesh, jax.eval_shape(lambda: initial(tx)), config.sharding)
     except ValueError as error:
         raise UserError(f'config.model.temp_frozen_params_iter_map={frozen}: {error}') from error
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    state = jax.jit(lambda: initial(tx), out_shardings=shardings)()
-    return build(axis_names=('member',), mesh_axes=meshes.AXES), tx, state
+    state = jax.jit(lambda: layout.pad(initial(tx)), out_shardings=layout.shardings)()
+    return build(axis_names=('member',), mesh_axes=meshes.AXES), tx, layout, state
 
 
-def start_from(config: ConfigDict, state: TrainState, mesh: Mesh) -> TrainState:
+def start_from(config: ConfigDict, layout: Layout, state: TrainState) -> TrainState:
     """The state before the first step with the weights that `config.init_from` names."""
+    whole = layout.gather(state)
     params, batch_stats = torch_weights.load_into(
-        jax.device_get(state.params),
-        jax.device_get(state.batch_stats),
+        jax.device_get(whole.params),
+        jax.device_get(whole.batch_stats),
         config.init_from,
         allow_partial=config.init_allow_partial,
     )
     if config.loss.normalize_last_layer:
         params = swav.normalize_prototypes(params)
-    params, batch_stats = meshes.put(mesh, (params, batch_stats))
-    return state.replace(params=params, batch_stats=batch_stats)
+    params, batch_stats = meshes.put(layout.mesh, (params, batch_stats))
+    return layout.spread(whole.replace(params=params, batch_stats=batch_stats))

@@ -13,6 +13,7 @@ from swav_jax.errors import UserError
 
 AXES = ('group', 'member')
 BATCH = PartitionSpec(AXES)  # axis 0 spread over all replicas
+CROPS = PartitionSpec(None, AXES)  # axis 1: (crop, image, ...)
 REPLICATED = PartitionSpec()
 
 

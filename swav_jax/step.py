@@ -1,42 +1,22 @@
-"""One training step of SwAV, as a replica sees it, and the state that it moves."""
+"""One training step of SwAV: what each replica learns from its crops, and the update."""
 
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from swav_jax import augment, swav
-from swav_jax.mesh import AXES, BATCH, REPLICATED
+from swav_jax.mesh import AXES, BATCH, CROPS
 from swav_jax.models import SwAVNet, head
-from swav_jax.precision import LossScale, all_finite
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that a step reads and writes; float32 whatever the compute dtype."""
-
-    step: jax.Array  # () int32, steps done
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    queue: swav.Queue | None
-    loss_scale: LossScale | None
-
-
-def state_specs(state: TrainState) -> TrainState:
-    """How a state lies on the mesh: the queue is spread like the batch, the rest is replicated."""
-    specs = jax.tree.map(lambda _: REPLICATED, state)
-    if state.queue is not None:
-        queue = swav.Queue(P(None, None, AXES), P(None, AXES), REPLICATED)
-        specs = specs.replace(queue=queue)
-    return specs
+from swav_jax.precision import all_finite
+from swav_jax.state import Layout, TrainState
 
 
 def loss_settings(config: Any) -> dict[str, Any]:
@@ -53,15 +33,14 @@ def loss_settings(config: Any) -> dict[str, Any]:
 
 
 def make_train_step(
-    net: SwAVNet, tx: optax.GradientTransformation, config: Any, mesh: Mesh, state: TrainState
+    net: SwAVNet, tx: optax.GradientTransformation, config: Any, layout: Layout
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """The compiled step over the mesh: images and crop boxes in, the next state and metrics out.
 
     Args:
       net, tx: the network and the optimizer.
       config: the run's settings.
-      mesh: with the axes ('group', 'member').
-      state: the state, or its shapes.
+      layout: how the state lies on the mesh.
 
     Returns:
       A function of (state, batch), which donates the state. The batch is that of `data.pipeline`,
@@ -69,45 +48,95 @@ def make_train_step(
     """
 
     def step(state, batch):
-        crops = augment.multi_crop(
+        crops = multi_crop(config, layout.mesh, batch)
+        return update(net, tx, config, layout, state, crops, batch['weight'])
+
+    metrics = NamedSharding(layout.mesh, P())
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, metrics))
+
+
+def multi_crop(config: Any, mesh: Mesh, batch: Mapping[str, jax.Array]) -> list[jax.Array]:
+    """Each replica's crops of its images: for each group (n_g, B, S_g, S_g, channels) float32."""
+
+    def render(batch):
+        groups = augment.multi_crop(
             batch, seed=config.seed, data=config.data, augment=config.augment
         )
-        return update(net, tx, config, state, crops, batch['weight'])
+        counts = config.data.num_crops
+        return [x.reshape(n, -1, *x.shape[1:]) for n, x in zip(counts, groups, strict=True)]
 
-    specs = state_specs(state)
-    return jax.jit(
-        jax.shard_map(step, mesh=mesh, in_specs=(specs, BATCH), out_specs=(specs, P())),
-        donate_argnums=0,
-    )
+    return jax.shard_map(render, mesh=mesh, in_specs=BATCH, out_specs=CROPS)(batch)
 
 
 def update(
     net: SwAVNet,
     tx: optax.GradientTransformation,
     config: Any,
+    layout: Layout,
     state: TrainState,
     crops: list[jax.Array],
     weights: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One replica's update from given crops; runs inside `shard_map` over the mesh's axes.
+    """One update from given crops.
 
     Args:
-      net, tx, config: as in `make_train_step`.
-      state: the state, the queue being this replica's share.
-      crops: for each group of crops, (n_g·B, S_g, S_g, channels), crop-major.
+      net, tx, config, layout: as in `make_train_step`.
+      state: the state.
+      crops: for each group of crops, (n_g, B, S_g, S_g, channels), B split over all replicas.
       weights: (B,) 1, or 0 for an image that must not count.
 
     Returns:
       The next state, and metrics of the global batch: see `health` for those beside the loss.
     """
+    specs = layout.specs
+    learned = jax.shard_map(
+        functools.partial(learn, net, config, layout),
+        mesh=layout.mesh,
+        in_specs=(specs.replace(opt_state=None), CROPS, BATCH),
+        out_specs=(specs.params, specs.batch_stats, specs.queue, P()),
+    )
+    grads, batch_stats, queue, metrics = learned(state.replace(opt_state=None), crops, weights)
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    if config.loss.normalize_last_layer:
+        params = swav.normalize_prototypes(params)
+    new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, queue=queue)
+    metrics['grad_norm'] = optax.tree.norm(grads)
+    metrics['update_norm'] = optax.tree.norm(updates)
+    if state.loss_scale is not None:
+        finite = all_finite(grads)
+        new = _choose(finite, new, state)
+        new = new.replace(loss_scale=state.loss_scale.adjust(finite))
+        metrics['loss_scale'] = state.loss_scale.scale
+        metrics['overflows'] = new.loss_scale.overflows
+    return new.replace(step=state.step + 1), metrics
+
+
+def learn(
+    net: SwAVNet,
+    config: Any,
+    layout: Layout,
+    state: TrainState,
+    crops: list[jax.Array],
+    weights: jax.Array,
+) -> tuple[Any, Any, swav.Queue | None, dict[str, jax.Array]]:
+    """One replica's part of a step, inside `shard_map`: what its crops say.
+
+    Args:
+      net, config, layout: as in `make_train_step`.
+      state: the replica's share of the state, without the optimizer's.
+      crops: this replica's, for each group (n_g, B, S_g, S_g, channels).
+      weights: (B,) as in `update`.
+
+    Returns:
+      The gradient, averaged over all replicas and laid out like the parameters; BatchNorm's
+      running statistics; the queue with this batch; and metrics of the global batch.
+    """
     settings = loss_settings(config)
     assign = jnp.asarray(settings['crops_for_assign'])
     queue, num_images = state.queue, weights.shape[0]
     hard = state.step < config.loss.temp_hard_assignment_iters
-
-    # The parameters are made each replica's own, so that its gradient is that of its own loss, and
-    # one all-reduce in float32 averages them. Without the cast, shard_map would sum them itself.
-    params = lax.pcast(state.params, AXES, to='varying')
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
     def loss_of(params):
@@ -123,29 +152,17 @@ def update(
         )
         return loss * scale, (loss, new['batch_stats'], embeddings, scores, codes)
 
-    grads, (loss, batch_stats, embeddings, scores, codes) = jax.grad(loss_of, has_aux=True)(params)
-    grads = jax.tree.map(lambda g: g / scale, lax.pmean(grads, AXES))
+    grads, (loss, batch_stats, embeddings, scores, codes) = jax.grad(loss_of, has_aux=True)(
+        layout.own(state.params)
+    )
+    grads = jax.tree.map(lambda g: g / scale, layout.average(grads))
 
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    if config.loss.normalize_last_layer:
-        params = swav.normalize_prototypes(params)
     embeddings = lax.stop_gradient(embeddings).reshape(-1, num_images, embeddings.shape[-1])[assign]
     if queue is not None:
         pushed = queue.push(embeddings.astype(queue.embeddings.dtype), weights)
         queue = _choose(state.step >= config.loss.queue.start_iter, pushed, queue)
-
-    new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, queue=queue)
     metrics = health(loss, embeddings, scores[0], codes[0], weights, settings)
-    metrics['grad_norm'] = optax.tree.norm(grads)
-    metrics['update_norm'] = optax.tree.norm(updates)
-    if state.loss_scale is not None:
-        finite = all_finite(grads)
-        new = _choose(finite, new, state)
-        new = new.replace(loss_scale=state.loss_scale.adjust(finite))
-        metrics['loss_scale'] = state.loss_scale.scale
-        metrics['overflows'] = new.loss_scale.overflows
-    return new.replace(step=state.step + 1), metrics
+    return grads, batch_stats, queue, metrics
 
 
 def health(
@@ -208,9 +225,10 @@ def health(
 
 
 def _runs_of_equal_size(crops: list[jax.Array]) -> list[jax.Array]:
-    """Neighbouring groups of the same size as one: they share a trunk pass, as in VISSL."""
-    runs = itertools.groupby(crops, key=lambda group: group.shape[1])
-    return [jnp.concatenate(list(run)) for _, run in runs]
+    """Neighbouring groups of the same size as one, crop-major: one trunk pass each, as in VISSL."""
+    runs = itertools.groupby(crops, key=lambda group: group.shape[2])
+    groups = [jnp.concatenate(list(run)) for _, run in runs]
+    return [group.reshape(-1, *group.shape[2:]) for group in groups]
 
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import swav_jax
@@ -22,7 +21,8 @@ from swav_jax.evaluate.online import OnlineEvaluation, Results
 from swav_jax.initial_state import make_schedule, make_state, start_from
 from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
-from swav_jax.step import TrainState, make_train_step
+from swav_jax.state import Layout
+from swav_jax.step import make_train_step
 from swav_jax.workdir import open_workdir, write_config
 
 
@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     )
     sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
     schedule = make_schedule(config, sizes)
-    net, tx, state = make_state(config, sizes, schedule, mesh)
+    net, tx, layout, state = make_state(config, sizes, schedule, mesh)
     evaluation = OnlineEvaluation(config, net, mesh, workdir)
 
     checkpoints = Checkpoints(
@@ -59,10 +59,10 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         keep_every_steps=config.checkpoint.keep_every_epochs * sizes.steps_per_epoch,
     )
     results: Results = {}
-    if (restored := checkpoints.restore(state)) is not None:
-        state, results = restored[0], restored[1]['results']
+    if (restored := checkpoints.restore(layout.whole())) is not None:
+        state, results = layout.spread(restored[0]), restored[1]['results']
     elif config.init_from:
-        state = start_from(config, state, mesh)
+        state = start_from(config, layout, state)
     first_step = int(state.step)
     write_config(config, workdir)
     monitor = Monitor(
@@ -74,13 +74,14 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         log_every_steps=config.train.log_every_steps,
         num_prototypes=tuple(config.model.head.num_clusters),
     )
-    introduce(monitor, config, sizes, mesh, state)
+    introduce(monitor, config, sizes, layout, first_step)
 
     if first_step == 0:
-        results = {f'{name}_untrained': value for name, value in evaluation.run(state).items()}
+        untrained = evaluation.run(layout.gather(state))
+        results = {f'{name}_untrained': value for name, value in untrained.items()}
         monitor.events(results, step=0)
 
-    train_step = make_train_step(net, tx, config, mesh, state)
+    train_step = make_train_step(net, tx, config, layout)
     batches = pipeline.train_batches(
         source,
         config.data,
@@ -102,15 +103,15 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         jax.block_until_ready(previous)
         monitor.record(step, metrics | {'lr': lr}, data_wait)
         if is_due(step, config.evaluate, sizes):
-            learned = evaluation.run(state)
+            learned = evaluation.run(layout.gather(state))
             results |= learned
             monitor.events(learned, step=step)
         if is_due(step, config.checkpoint, sizes):
             monitor.flush()
-            checkpoints.save(step, state, describe(config, results))
+            checkpoints.save(step, layout.gather(state), describe(config, results))
     checkpoints.close()
     summary = monitor.finish(results)
-    found = evaluation.look(state, evaluation.test)
+    found = evaluation.look(layout.gather(state), evaluation.test)
     if jax.process_index() == 0:
         report.draw_loss(workdir)
         report.draw_prototypes(workdir, found, evaluation.test)
@@ -173,11 +174,12 @@ def introduce(
     monitor: Monitor,
     config: ConfigDict,
     sizes: settings.Sizes,
-    mesh: Mesh,
-    state: TrainState,
+    layout: Layout,
+    first_step: int,
 ) -> None:
     """Say in a few lines what is about to run."""
-    count = sum(x.size for x in jax.tree.leaves(state.params))
+    count = sum(x.size for x in jax.tree.leaves(layout.whole().params))
+    mesh = layout.mesh
     device = mesh.devices.flat[0]
     trunk = config.model.trunk
     name = f'resnet{trunk.depth}' if trunk.name == 'resnet' else trunk.name
@@ -201,5 +203,5 @@ def introduce(
             f'config.loss.queue.queue_length={asked} is lowered to {sizes.queue_length}, '
             'a multiple of the batch'
         )
-    if int(state.step):
-        monitor.say(f'going on from step {int(state.step):,}')
+    if first_step:
+        monitor.say(f'going on from step {first_step:,}')

@@ -142,13 +142,13 @@ def test_one_step_has_shapes(name):
     made = {}
 
     def make_state():
-        made['net'], made['tx'], state = initial_state.make_state(
+        made['net'], made['tx'], made['layout'], state = initial_state.make_state(
             config, sizes, learning_rate(config, sizes), mesh
         )
         return state
 
     state = jax.eval_shape(make_state)
-    step = make_train_step(made['net'], made['tx'], config, mesh, state)
+    step = make_train_step(made['net'], made['tx'], config, made['layout'])
     rows, crops, side = sizes.batch_size, sum(config.data.num_crops), config.data.canvas_size
     batch = {
         'image': ((rows, side, side, config.data.channels), jnp.uint8),

@@ -16,8 +16,9 @@ from golden_weights import state_dict
 from jax.sharding import PartitionSpec as P
 
 from swav_jax import config, models, optim, step, swav, torch_weights
-from swav_jax.mesh import AXES, BATCH, make_mesh, put
+from swav_jax.mesh import AXES, make_mesh, put
 from swav_jax.precision import LossScale
+from swav_jax.state import Layout
 
 FOLDER = Path(__file__).parent / 'golden'
 TRAJECTORY = np.load(FOLDER / 'trajectory.npz')
@@ -79,26 +80,13 @@ def start(c, devices, *, rate=0.1, dtype=jnp.float32, queue_batches=0, batch=16)
         loss_scale=LossScale.initial(c.precision),
     )
     net = build(c, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
-    state = jax.tree.map(
-        lambda x, spec: put(mesh, x, spec), jax.device_get(state), step.state_specs(state)
-    )
-    return mesh, net, tx, state
+    layout = Layout(mesh, state, c.sharding)
+    return layout, net, tx, layout.spread(put(mesh, jax.device_get(state)))
 
 
-def make_update(c, mesh, net, tx, state):
+def make_update(c, layout, net, tx):
     """The compiled update from crops (per group (n, B, S, S, C)) and weights (B,)."""
-    specs = step.state_specs(state)
-
-    def update(state, crops, weights):
-        crops = [group.reshape(-1, *group.shape[2:]) for group in crops]
-        return step.update(net, tx, c, state, crops, weights)
-
-    crop_specs = [P(None, AXES)] * len(c.data.num_crops)
-    return jax.jit(
-        jax.shard_map(
-            update, mesh=mesh, in_specs=(specs, crop_specs, BATCH), out_specs=(specs, P())
-        )
-    )
+    return jax.jit(partial(step.update, net, tx, c, layout))
 
 
 def random_crops(c, seed, batch=16, dtype=np.float32):
@@ -146,15 +134,17 @@ def trajectory(name, devices, dtype, folder):
     """Losses of the golden run here, and the digests of its last state."""
     meta = META[name]
     c, rates = trajectory_config(meta), jnp.array(meta['lr'], dtype)
-    mesh, net, tx, state = start(c, devices, rate=lambda count: rates[count], dtype=dtype)
+    layout, net, tx, state = start(c, devices, rate=lambda count: rates[count], dtype=dtype)
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
     names = torch_weights.to_torch(params, batch_stats, 'swav')
     golden = state_dict({golden_name(n): tensor.shape for n, tensor in names.items()})
     torch_weights.write(folder / 'golden.pth', golden)
     params, batch_stats = torch_weights.load_into(params, batch_stats, folder / 'golden.pth')
     params = swav.normalize_prototypes(params)
-    state = state.replace(params=put(mesh, params), batch_stats=put(mesh, batch_stats))
-    update, losses = make_update(c, mesh, net, tx, state), []
+    state = state.replace(
+        params=put(layout.mesh, params), batch_stats=put(layout.mesh, batch_stats)
+    )
+    update, losses = make_update(c, layout, net, tx), []
     for t in range(meta['steps']):
         rng = np.random.default_rng([0, zlib.crc32(meta['arch'].encode()), t])
         crops = [
@@ -196,8 +186,8 @@ def test_devices_share_one_training(changes):
     c = small_config(**changes)
     losses, norms = [], []
     for devices in (1, 2, 8):
-        mesh, net, tx, state = start(c, devices, queue_batches=2 if changes else 0)
-        update = make_update(c, mesh, net, tx, state)
+        layout, net, tx, state = start(c, devices, queue_batches=2 if changes else 0)
+        update = make_update(c, layout, net, tx)
         path = []
         for t in range(4):
             state, metrics = update(state, random_crops(c, t), np.ones(16, np.float32))
@@ -214,8 +204,8 @@ def test_an_image_of_weight_0_changes_no_code_or_prediction():
     weights = np.array([1.0] * 12 + [0.0] * 4, np.float32)
     losses = []
     for devices in (1, 4):  # on four, the last one holds no image that counts
-        mesh, net, tx, state = start(c, devices)
-        update = make_update(c, mesh, net, tx, state)
+        layout, net, tx, state = start(c, devices)
+        update = make_update(c, layout, net, tx)
         _, metrics = update(state, random_crops(c, 0), weights)
         losses.append(metrics['loss'])
         assert metrics['bad_images'] == 4
@@ -224,8 +214,8 @@ def test_an_image_of_weight_0_changes_no_code_or_prediction():
 
 def test_queue_fills_from_start_iter_and_keeps_embeddings():
     c = small_config(**{'loss.queue.start_iter': 1})
-    mesh, net, tx, state = start(c, 2, queue_batches=2)
-    update = make_update(c, mesh, net, tx, state)
+    layout, net, tx, state = start(c, 2, queue_batches=2)
+    update = make_update(c, layout, net, tx)
     filled = []
     for t in range(4):
         state, _ = update(state, random_crops(c, t), np.ones(16, np.float32))
@@ -241,18 +231,16 @@ def test_neighbouring_groups_of_equal_size_are_one_trunk_pass():
     crops = random_crops(together, 0)
     results = []
     for c, groups in ((apart, [crops[0][:1], crops[0][1:]]), (together, crops)):
-        mesh, net, tx, state = start(c, 1)
-        state, metrics = make_update(c, mesh, net, tx, state)(
-            state, groups, np.ones(16, np.float32)
-        )
+        layout, net, tx, state = start(c, 1)
+        state, metrics = make_update(c, layout, net, tx)(state, groups, np.ones(16, np.float32))
         results.append((metrics['loss'], state.batch_stats['trunk']['bn1']['mean']))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), *results)
 
 
 def test_an_overflow_skips_the_update_on_all_devices():
     c = small_config(precision='float16')
-    mesh, net, tx, state = start(c, 2, queue_batches=1)
-    update = make_update(c, mesh, net, tx, state)
+    layout, net, tx, state = start(c, 2, queue_batches=1)
+    update = make_update(c, layout, net, tx)
     crops = random_crops(c, 0)
     crops[0][0, 0] = np.inf  # one image, on the first device
     after, metrics = update(state, crops, np.ones(16, np.float32))

@@ -10,7 +10,7 @@ from swav_jax import models
 from swav_jax.data import sources
 from swav_jax.errors import UserError
 from swav_jax.evaluate import clusters, features, knn
-from swav_jax.step import TrainState
+from swav_jax.state import TrainState
 
 Results = dict[str, float]
 

@@ -1,0 +1,157 @@
+"""The state of a run, and how it lies on the mesh.
+
+With `config.sharding='replicated'` every device holds all of it but the queue. With `'zero'` each
+holds a slice of every parameter and of what the optimizer keeps for it (ZeRO, Rajbhandari et al.
+2020, 1910.02054): a step gathers the parameters, and hands each device its slice of the averaged
+gradient. Everything outside of the step, checkpoints included, knows whole arrays only.
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from swav_jax import swav
+from swav_jax.mesh import AXES, REPLICATED
+from swav_jax.precision import LossScale
+
+SHARDINGS = ('replicated', 'zero')
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step reads and writes; float32 whatever the compute dtype."""
+
+    step: jax.Array  # () int32, steps done
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    queue: swav.Queue | None
+    loss_scale: LossScale | None
+
+
+class Layout:
+    """Where the arrays of a state lie.
+
+    Args:
+      mesh: with the axes ('group', 'member'); an abstract one will do for tracing.
+      shapes: the whole state, or its shapes.
+      sharding: one of `SHARDINGS`.
+
+    Attributes:
+      mesh: the mesh.
+      specs: per array of a state, how it is split.
+      shardings: the same as shardings on the mesh.
+    """
+
+    def __init__(self, mesh: Mesh | AbstractMesh, shapes: TrainState, sharding: str):
+        self.mesh = mesh
+        self._zero = sharding == 'zero'
+        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+        self.specs = jax.tree.map(lambda _: REPLICATED, shapes)
+        if shapes.queue is not None:  # it is spread like the batch
+            queue = swav.Queue(P(None, None, AXES), P(None, AXES), REPLICATED)
+            self.specs = self.specs.replace(queue=queue)
+        if self._zero:
+            split = jax.tree.map(_spec, (shapes.params, shapes.opt_state))
+            self.specs = self.specs.replace(params=split[0], opt_state=split[1])
+        self.shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs)
+        whole = self.specs.replace(params=REPLICATED, opt_state=REPLICATED)
+        self._whole = jax.tree.map(lambda spec: NamedSharding(mesh, spec), whole)
+        self._spread = jax.jit(self.pad, out_shardings=self.shardings)
+        self._gather = jax.jit(self._cut, out_shardings=self._whole)
+
+    def pad(self, state: TrainState) -> TrainState:
+        """A whole state with zeros behind what the devices do not divide."""
+        if not self._zero:
+            return state
+        params, opt_state = jax.tree.map(self._pad, (state.params, state.opt_state))
+        return state.replace(params=params, opt_state=opt_state)
+
+    def spread(self, state: TrainState) -> TrainState:
+        """A whole state, laid over the mesh."""
+        return self._spread(state)
+
+    def gather(self, state: TrainState) -> TrainState:
+        """The whole state, its parameters and what the optimizer keeps on every device."""
+        return self._gather(state) if self._zero else state
+
+    def whole(self) -> TrainState:
+        """Shapes and shardings of what `gather` returns."""
+        shardings = jax.tree.broadcast(self._whole, self._shapes)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self._shapes,
+            shardings,
+        )
+
+    def own(self, params: Any) -> Any:
+        """Inside `shard_map`: the whole parameters, as each replica's own.
+
+        The gradient by them is that of the replica's own loss. Without the cast `shard_map` would
+        sum gradients itself, in the compute dtype.
+        """
+        if not self._zero:
+            return lax.pcast(params, AXES, to='varying')
+
+        def gather(x, whole):
+            if not whole.shape:
+                return lax.pcast(x, AXES, to='varying')
+            axis = _split_axis(whole.shape)
+            full = lax.all_gather(x, AXES, axis=axis, tiled=True)
+            return lax.slice_in_dim(full, 0, whole.shape[axis], axis=axis)
+
+        return jax.tree.map(gather, params, self._shapes.params)
+
+    def average(self, grads: Any) -> Any:
+        """Inside `shard_map`: the mean over replicas of whole gradients; 'zero': this one's slice.
+
+        float32 gradients are averaged in float32: one all-reduce, or as many bytes of
+        reduce-scatter.
+        """
+        if not self._zero:
+            return lax.pmean(grads, AXES)
+
+        def scatter(g):
+            if not g.shape:
+                return lax.pmean(g, AXES)
+            axis = _split_axis(g.shape)
+            total = lax.psum_scatter(self._pad(g), AXES, scatter_dimension=axis, tiled=True)
+            return total / lax.axis_size(AXES)
+
+        return jax.tree.map(scatter, grads)
+
+    def _pad(self, x: jax.Array) -> jax.Array:
+        if not x.shape:
+            return x
+        axis = _split_axis(x.shape)
+        missing = -x.shape[axis] % math.prod(self.mesh.shape.values())
+        return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+    def _cut(self, state: TrainState) -> TrainState:
+        def cut(x, whole):
+            return x[tuple(slice(size) for size in whole.shape)]
+
+        params, opt_state = jax.tree.map(
+            cut,
+            (state.params, state.opt_state),
+            (self._shapes.params, self._shapes.opt_state),
+        )
+        return state.replace(params=params, opt_state=opt_state)
+
+
+def _split_axis(shape: tuple[int, ...]) -> int:
+    """The longest axis, where padding costs least; the last one of several."""
+    return max(range(len(shape)), key=lambda axis: (shape[axis], axis))
+
+
+def _spec(x: Any) -> P:
+    if not x.shape:
+        return REPLICATED
+    axis = _split_axis(x.shape)
+    return P(*(AXES if i == axis else None for i in range(len(x.shape))))
