@@ -76,6 +76,7 @@ def default() -> ConfigDict:
     config.model.sync_bn = ConfigDict()
     config.model.sync_bn.enabled = True
     config.model.sync_bn.group_size = 0  # 0: all replicas; n: groups of n; -1: one process's
+    config.model.remat = 'none'  # 'block', 'stage': what is computed again to save memory
     config.model.temp_frozen_params_iter_map = (('head/prototypes0', 313),)
 
     config.loss = ConfigDict()
@@ -110,6 +111,9 @@ def default() -> ConfigDict:
     config.train = ConfigDict()
     config.train.max_steps = 0  # stop after so many steps (0: when the epochs are done)
     config.train.log_every_steps = 10
+    # VISSL's SINGLE_PASS_EVERY_CROP: each crop goes through the trunk alone, with BatchNorm
+    # statistics of its own, and the backward pass holds the activations of one crop at a time.
+    config.train.per_crop_pass = False
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
@@ -280,6 +284,7 @@ def validate(config: ConfigDict) -> None:
     )
     _check(config, 'precision', _is_one_of('float32', 'bfloat16', 'float16', 'float64'))
     _check(config, 'sharding', _is_one_of('replicated', 'zero'))
+    _check(config, 'model.remat', _is_one_of('none', 'block', 'stage'))
     _check(config, 'optimizer.name', _is_one_of('sgd', 'lars'))
     _check(
         config, 'data.source', bool, 'a source of images, as --config.data.source=folder:/images'

@@ -55,7 +55,7 @@ def scale_by_larc(
 
         def scale(g, p, decayed):
             wd = weight_decay if decayed else 0.0
-            p_norm, g_norm = jnp.linalg.norm(p.ravel()), jnp.linalg.norm(g.ravel())
+            p_norm, g_norm = optax.tree.norm(p), optax.tree.norm(g)
             rate = trust_coefficient * p_norm / (g_norm + wd * p_norm + eps)
             if clip:
                 rate = jnp.minimum(rate / lr, 1.0)

@@ -114,8 +114,6 @@ class Layout:
         float32 gradients are averaged in float32: one all-reduce, or as many bytes of
         reduce-scatter.
         """
-        if not self._zero:
-            return lax.pmean(grads, AXES)
 
         def scatter(g):
             if not g.shape:
@@ -124,7 +122,8 @@ class Layout:
             total = lax.psum_scatter(self._pad(g), AXES, scatter_dimension=axis, tiled=True)
             return total / lax.axis_size(AXES)
 
-        return jax.tree.map(scatter, grads)
+        with jax.named_scope('average_gradients'):
+            return jax.tree.map(scatter, grads) if self._zero else lax.pmean(grads, AXES)
 
     def _pad(self, x: jax.Array) -> jax.Array:
         if not x.shape:

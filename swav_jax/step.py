@@ -142,7 +142,11 @@ def learn(
     def loss_of(params):
         variables = {'params': params, 'batch_stats': state.batch_stats}
         (embeddings, scores), new = net.apply(
-            variables, _runs_of_equal_size(crops), train=True, mutable=['batch_stats']
+            variables,
+            _passes(crops, config.train.per_crop_pass),
+            train=True,
+            recompute_passes=config.train.per_crop_pass,
+            mutable=['batch_stats'],
         )
         old_scores = queue and head.prototype_scores(
             lax.stop_gradient(params['head']), queue.embeddings
@@ -165,6 +169,7 @@ def learn(
     return grads, batch_stats, queue, metrics
 
 
+@jax.named_scope('health')
 def health(
     loss: jax.Array,
     embeddings: jax.Array,
@@ -224,8 +229,13 @@ def health(
     }
 
 
-def _runs_of_equal_size(crops: list[jax.Array]) -> list[jax.Array]:
-    """Neighbouring groups of the same size as one, crop-major: one trunk pass each, as in VISSL."""
+def _passes(crops: list[jax.Array], per_crop: bool) -> list[jax.Array]:
+    """What goes through the trunk together, crop-major, in VISSL's ways.
+
+    Neighbouring groups of the same size, or each crop by itself.
+    """
+    if per_crop:
+        return [crop for group in crops for crop in group]
     runs = itertools.groupby(crops, key=lambda group: group.shape[2])
     groups = [jnp.concatenate(list(run)) for _, run in runs]
     return [group.reshape(-1, *group.shape[2:]) for group in groups]

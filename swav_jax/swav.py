@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 LOG_ZERO = -1e30
 
 
+@jax.named_scope('sinkhorn_codes')
 def sinkhorn_codes(
     scores: Sequence[Float[Array, 'assign samples _']],
     *,

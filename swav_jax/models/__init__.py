@@ -15,6 +15,7 @@ from swav_jax.models.conv import Conv
 from swav_jax.models.head import ACTIVATIONS, SwAVHead
 from swav_jax.models.norm import BatchNorm
 from swav_jax.models.regnet import RegNet
+from swav_jax.models.remat import recompute
 from swav_jax.models.resnet import BLOCKS, ResNet, expansion, stem_width
 
 # Settings under config.model.trunk that a trunk reads, beside `name` and `stem`; a RegNet that goes
@@ -39,7 +40,7 @@ class SwAVNet(nn.Module):
     head: nn.Module
 
     def __call__(
-        self, crops: list[jax.Array], train: bool
+        self, crops: list[jax.Array], train: bool, recompute_passes: bool = False
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Embeds all crops: one trunk pass per list entry, one head pass over them all.
 
@@ -49,11 +50,14 @@ class SwAVNet(nn.Module):
         Args:
           crops: per resolution, images (n_g·B, S_g, S_g, channels).
           train: use and record the batch's statistics (`mutable=['batch_stats']`).
+          recompute_passes: of a trunk pass keep nothing but the result; the backward pass computes
+            it again, and thus holds the activations of one pass at a time.
 
         Returns:
           embeddings (V·B, D) with V = Σ n_g, and per prototype head scores (V·B, K).
         """
-        features = jnp.concatenate([self.trunk(images, train) for images in crops])
+        trunk_pass = recompute(lambda trunk, images: trunk(images, train), recompute_passes)
+        features = jnp.concatenate([trunk_pass(self.trunk, images) for images in crops])
         return self.head(features, train)
 
     def features(self, images: jax.Array) -> jax.Array:
@@ -92,18 +96,20 @@ def build(
     conv = partial(Conv, dtype=dtype)
     norm = partial(BatchNorm, dtype=dtype, axis_names=axis_names, mesh_axes=mesh_axes)
     return SwAVNet(
-        trunk=build_trunk(model_config.trunk, conv=conv, norm=norm),
+        trunk=build_trunk(model_config, conv=conv, norm=norm),
         head=_build_head(model_config, norm=norm, dtype=dtype),
     )
 
 
-def build_trunk(trunk_config: ConfigDict, *, conv: Any, norm: Any) -> nn.Module:
-    """The trunk that `config.model.trunk` describes, made of the given layers."""
-    _check_trunk(trunk_config)
-    if trunk_config.name == 'resnet':
-        settings = {key: trunk_config[key] for key in READS['resnet']}
-        return ResNet(**settings, stem=trunk_config.stem, conv=conv, norm=norm)
-    return RegNet(_regnet_parameters(trunk_config), trunk_config.stem, conv=conv, norm=norm)
+def build_trunk(model_config: ConfigDict, *, conv: Any, norm: Any) -> nn.Module:
+    """The trunk that `config.model` describes, made of the given layers."""
+    trunk = model_config.trunk
+    _check_trunk(trunk)
+    if trunk.name == 'resnet':
+        make = partial(ResNet, **{key: trunk[key] for key in READS['resnet']})
+    else:
+        make = partial(RegNet, _regnet_parameters(trunk))
+    return make(stem=trunk.stem, remat=model_config.remat, conv=conv, norm=norm)
 
 
 def trunk_output_dim(trunk_config: ConfigDict) -> int:

@@ -6,6 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from swav_jax.models.remat import STATISTICS
 
 
 class BatchNorm(nn.Module):
@@ -88,5 +91,6 @@ def _moments(x: jax.Array, axis_names: tuple[str, ...]) -> tuple[jax.Array, int]
     if axis_names:
         sums = lax.psum(sums, axis_names)
         count *= lax.axis_size(axis_names)
+    sums = checkpoint_name(sums, STATISTICS)
     mean, mean_of_squares = sums / count
     return jnp.stack([mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0)]), count

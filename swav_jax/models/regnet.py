@@ -7,6 +7,7 @@ Module names follow torchvision's state dict: `trunk_output.block1.block1-0.f.a.
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from swav_jax.errors import UserError
+from swav_jax.models.remat import run_stage
 
 STEM_WIDTH = 32
 
@@ -133,11 +135,13 @@ class RegNet(nn.Module):
     Attributes:
       parameters: what generates its stages.
       stem: 'imagenet' (3×3, stride 2) or 'small' (stride 1).
+      remat: 'block' or 'stage': the backward pass computes each of them again.
       conv, norm: modules with dtype and synchronisation already set.
     """
 
     parameters: Parameters
     stem: str
+    remat: str
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
 
@@ -147,14 +151,17 @@ class RegNet(nn.Module):
         x = self.conv(STEM_WIDTH, 3, 2 if self.stem == 'imagenet' else 1, name='stem_0')(x)
         x = nn.relu(self.norm(name='stem_1')(x, train))
         for i, stage in enumerate(stages(self.parameters)):
-            for j in range(stage.depth):
-                x = Block(
-                    stage.width,
-                    stage.group_width,
-                    stride=2 if j == 0 else 1,
-                    se_ratio=self.parameters.se_ratio,
-                    conv=self.conv,
-                    norm=self.norm,
-                    name=f'block{i + 1}_{j}',
-                )(x, train)
+            block = partial(
+                Block,
+                stage.width,
+                stage.group_width,
+                se_ratio=self.parameters.se_ratio,
+                conv=self.conv,
+                norm=self.norm,
+            )
+            blocks = [
+                partial(block, stride=2 if j == 0 else 1, name=f'block{i + 1}_{j}')
+                for j in range(stage.depth)
+            ]
+            x = run_stage(self, x, blocks, train)
         return jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from swav_jax.models.pool import max_pool
+from swav_jax.models.remat import run_stage
 
 BLOCKS = {
     18: (2, 2, 2, 2),
@@ -95,6 +96,7 @@ class ResNet(nn.Module):
       layer4_stride: 1 keeps a larger last feature map, 2 is the classic one.
       zero_init_residual: starts each block as the identity (Goyal et al., 2017).
       stem: 'imagenet' (7×7, stride 2, max-pool) or 'small' (3×3, stride 1, no pooling).
+      remat: 'block' or 'stage': the backward pass computes each of them again.
       conv, norm: modules with dtype and synchronisation already set.
     """
 
@@ -105,6 +107,7 @@ class ResNet(nn.Module):
     layer4_stride: int
     zero_init_residual: bool
     stem: str
+    remat: str
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
 
@@ -120,12 +123,18 @@ class ResNet(nn.Module):
         if self.stem == 'imagenet':
             x = max_pool(x)
 
-        block = self._block()
         strides = (1, 2, 2, self.layer4_stride)
-        for stage, (depth, stride) in enumerate(zip(BLOCKS[self.depth], strides, strict=True)):
-            for i in range(depth):
-                name = f'layer{stage + 1}_{i}'
-                x = block(width * 2**stage, stride if i == 0 else 1, name=name)(x, train)
+        for stage in range(4):
+            block = partial(self._block(), width * 2**stage)
+            x = run_stage(
+                self,
+                x,
+                [
+                    partial(block, strides[stage] if i == 0 else 1, name=f'layer{stage + 1}_{i}')
+                    for i in range(BLOCKS[self.depth][stage])
+                ],
+                train,
+            )
         return jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
 
     def _block(self) -> Callable[..., nn.Module]:
