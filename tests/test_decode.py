@@ -1,7 +1,10 @@
 """Pixels as PIL decodes them, and files that nobody can read."""
 
 import io
+import struct
 import tarfile
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +150,51 @@ def test_unreadable_files_become_gray_and_are_listed(tmp_path):
     names = (tmp_path / 'run.txt').read_text().splitlines()
     assert sorted(names) == sorted(str(tmp_path / name) for name in bad)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.')]
+
+
+def small_file_of_many_pixels(side):
+    """A sound, black PNG (side, side) of one bit a pixel."""
+
+    def chunk(kind, content):
+        check = zlib.crc32(kind + content)
+        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', check)
+
+    pack = zlib.compressobj(1)
+    row = bytes(1 + (side + 7) // 8)
+    pixels = b''.join(pack.compress(row) for _ in range(side)) + pack.flush()
+    header = struct.pack('>IIBBBBB', side, side, 1, 0, 0, 0, 0)
+    parts = (b'IHDR', header), (b'IDAT', pixels), (b'IEND', b'')
+    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
+
+
+def peak_memory():
+    """The most bytes of memory that this process had, since it was set back."""
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith('VmHWM'):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='reads Linux counters')
+@pytest.mark.parametrize('kind', ['png', 'webdataset'])
+def test_a_decompression_bomb_is_never_decoded(tmp_path, kind):
+    """20,000² pixels take 1.2 GB, and TensorFlow by itself refuses only more than that."""
+    for side in (20_000, 50_000):
+        bomb = small_file_of_many_pixels(side)
+        assert len(bomb) < 2e6
+        if kind == 'png':
+            (tmp_path / f'{side}.png').write_bytes(bomb)
+        else:
+            with tarfile.open(tmp_path / 'shard.tar', 'a') as archive:
+                info = tarfile.TarInfo(f'{side}.png')
+                info.size = len(bomb)
+                archive.addfile(info, io.BytesIO(bomb))
+    spec = f'folder:{tmp_path}' if kind == 'png' else f'webdataset:{tmp_path}/shard.tar'
+    source = sources.open_source(spec, channels=3)
+    Path('/proc/self/clear_refs').write_text('5')  # sets the peak back
+    before = peak_memory()
+    assert {weight for _, _, weight in decoded(source, 3).values()} == {0}
+    assert peak_memory() - before < 300e6
 
 
 def test_bad_images_are_listed_once_and_stop_the_run_above_the_limit(tmp_path):

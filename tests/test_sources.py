@@ -159,6 +159,18 @@ def test_filelist_of_vissl_with_moved_images(tmp_path):
     assert ours.paths[:2] == ['/new/a.jpg', '/new/b.jpg'] and ours.labels.tolist() == [5, 1, 2]
 
 
+def test_a_filelist_stays_below_its_folder(tmp_path):
+    file = tmp_path / 'list.txt'
+    spec = f'filelist:{file}'
+    for line in ('../x.jpg', 'images/../../x.jpg', './../x.jpg 3'):
+        file.write_text(f'a.jpg 1\n{line}\n')
+        fails(spec, f'lies outside of {tmp_path}')
+    file.write_text('/old//../../etc/x.jpg\n')
+    fails(f'{spec}?remove_img_path_prefix=/old&new_img_path_prefix=/new', 'lies outside of /new')
+    file.write_text('images/../a.jpg\n..a/b.jpg\n/somewhere/../else.jpg\n')
+    assert len(sources.open_source(spec, channels=3)) == 3
+
+
 def test_filelist_never_loads_objects(tmp_path):
     np.save(tmp_path / 'objects.npy', np.array(['a', None], object), allow_pickle=True)
     fails(f'filelist:{tmp_path}/objects.npy', 'Python objects')

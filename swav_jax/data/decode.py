@@ -92,7 +92,9 @@ def decode(encoded: tf.Tensor, canvas_size: int) -> tuple[tf.Tensor, tf.Tensor]:
     is_png = tf.strings.substr(encoded, 0, 8) == b'\x89PNG\r\n\x1a\n'
     size, usual = tf.cond(is_png, lambda: _png_header(encoded), lambda: _jpeg_header(encoded))
     pixels = tf.reduce_prod(tf.cast(size, tf.int64))
-    tf.debugging.Assert(usual & (pixels <= MAX_PIXELS), [size])
+    # Nothing else makes a graph look at the size before it decodes.
+    with tf.control_dependencies([tf.debugging.Assert(usual & (pixels <= MAX_PIXELS), [size])]):
+        encoded = tf.identity(encoded)
     longer = tf.reduce_max(size)
     halvings = tf.reduce_sum([tf.cast(longer >= n * canvas_size, tf.int32) for n in (2, 4, 8)])
 

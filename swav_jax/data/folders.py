@@ -90,7 +90,7 @@ def open_filelist(spec: str) -> FileSource:
     """A list of image files, as text or as VISSL's .npy.
 
     The text has one path a line, or a path and a whole number, its label. Relative paths begin
-    where the list lies. After a `?` and joined by `&` may follow `labels=FILE.npy`, and VISSL's
+    where the list lies and stay below it. After a `?` and joined by `&` may follow `labels=FILE.npy`, and VISSL's
     `remove_img_path_prefix=/old/` and `new_img_path_prefix=/new/` where the images have moved.
 
     Raises:
@@ -113,8 +113,20 @@ def open_filelist(spec: str) -> FileSource:
         raise UserError(
             f'no path begins with remove_img_path_prefix={old}; {paths[0]} is the first'
         )
-    paths = [new + name.removeprefix(old) for name in paths]
+    names = [name.removeprefix(old) for name in paths]
+    for name in names:
+        if '..' in name and (new or not name.startswith('/')) and _climbs(name):
+            raise UserError(
+                f'{file} lists {name}, which lies outside of {new or file.parent}: list the whole '
+                'path of an image that is elsewhere'
+            )
+    paths = [new + name for name in names]
     return FileSource([os.path.join(file.parent, name) for name in paths], labels)  # noqa: PTH118
+
+
+def _climbs(name: str) -> bool:
+    """Whether a path below a folder leaves it through its parent."""
+    return os.path.normpath(name.lstrip('/')).split(os.sep)[0] == '..'
 
 
 def split_options(spec: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
