@@ -90,8 +90,9 @@ def open_filelist(spec: str) -> FileSource:
     """A list of image files, as text or as VISSL's .npy.
 
     The text has one path a line, or a path and a whole number, its label. Relative paths begin
-    where the list lies and stay below it. After a `?` and joined by `&` may follow `labels=FILE.npy`, and VISSL's
-    `remove_img_path_prefix=/old/` and `new_img_path_prefix=/new/` where the images have moved.
+    where the list lies and stay below it. After a `?` and joined by `&` may follow
+    `labels=FILE.npy`, and VISSL's `remove_img_path_prefix=/old/` and `new_img_path_prefix=/new/`
+    where the images have moved.
 
     Raises:
       UserError: the list cannot be read, is empty or is not a list of paths.
@@ -126,7 +127,7 @@ def open_filelist(spec: str) -> FileSource:
 
 def _climbs(name: str) -> bool:
     """Whether a path below a folder leaves it through its parent."""
-    return os.path.normpath(name.lstrip('/')).split(os.sep)[0] == '..'
+    return f'{os.path.normpath(name.lstrip(os.sep))}{os.sep}'.startswith(f'..{os.sep}')
 
 
 def split_options(spec: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
