@@ -1,7 +1,7 @@
 """Files that are whole or not there."""
 
 import contextlib
-import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from pathlib import Path
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`; what is written there takes its place when all went well."""
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    # Processes on other machines, which may have this one's number, write here, too.
+    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
     try:
         yield temporary
         temporary.replace(path)

@@ -7,7 +7,7 @@ before anything is compiled.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -351,3 +351,12 @@ def to_dict(config: ConfigDict | Sequence | Any) -> Any:
     if isinstance(config, (tuple, list)):
         return [to_dict(value) for value in config]
     return config
+
+
+def flatten(config: ConfigDict, prefix: str = 'config') -> Iterator[tuple[str, object]]:
+    """Every setting of a config with its full name, as ('config.loss.epsilon', 0.05)."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f'{prefix}.{key}')
+        else:
+            yield f'{prefix}.{key}', value

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """A mistake of the user's: `main` prints it, without a stack trace, and exits with 2."""
+
+
+class SaidElsewhereError(UserError):
+    """A mistake that process 0 has told the user; this process ends without a word."""

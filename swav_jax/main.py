@@ -5,6 +5,13 @@
   --config   a file whose get_config() returns the settings, as configs/swav_r50.py. Some take an
              argument after a colon, as configs/swav_r50.py:800; the head of the file says which.
   --workdir  the folder of the run. A run that is found there goes on from its last checkpoint.
+  --distributed
+             this process is one of several that are one run; SLURM, Open MPI and Kubernetes tell
+             it the rest. Started by other means, each process is told
+             --coordinator=HOST:PORT --num_processes=N --process_id=I.
+  --plan     say what the run will take and exit: batch, steps, learning rate, memory, FLOPs, bytes
+             sent, host cores, with warnings. --replicas=64 plans for other devices than are here,
+             --images_per_second=6000 for so fast an input.
   --help     this page and, with --config, every setting with its value.
 
   --config.data.source=folder:/imagenet/train --config.data.batchsize_per_replica=64
@@ -14,21 +21,22 @@ Exit codes: 0 done, 2 something to mend, said in one line.
 """
 
 import difflib
+import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from swav_jax import config as settings
-from swav_jax.errors import UserError
+from swav_jax.errors import SaidElsewhereError, UserError
 from swav_jax.host_memory import keep_freed_memory
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """The flags `config`, `workdir` and `help`.
+    """The command line: `config` and the flags that the module's docstring explains.
 
     Raises:
       UserError: a flag or a setting is not known, a value does not fit, or the file fails.
@@ -37,6 +45,13 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
     flags.DEFINE_string('workdir', None, 'Folder of the run.', flag_values=values)
+    flags.DEFINE_bool('distributed', False, 'Train with other processes.', flag_values=values)
+    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0.', flag_values=values)
+    flags.DEFINE_integer('num_processes', None, 'How many.', 1, flag_values=values)
+    flags.DEFINE_integer('process_id', None, 'Number of this one.', 0, flag_values=values)
+    flags.DEFINE_bool('plan', False, 'Say what the run will take.', flag_values=values)
+    flags.DEFINE_integer('replicas', 0, 'Devices to plan for.', 0, flag_values=values)
+    flags.DEFINE_float('images_per_second', 1000, 'Planned input.', 1, flag_values=values)
     flags.DEFINE_bool('help', False, 'Explain.', short_name='h', flag_values=values)
     try:
         extra = values(argv)[1:]
@@ -45,6 +60,11 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     if extra:
         raise UserError(f'{extra[0]!r} is not a flag: flags begin with --, as --config=FILE')
     return values
+
+
+def _is_distributed(values: flags.FlagValues) -> bool:
+    alone = (values.coordinator, values.num_processes, values.process_id) == (None, None, None)
+    return values.distributed or not alone
 
 
 def _load(argv: Sequence[str]) -> ConfigDict | None:
@@ -69,7 +89,7 @@ def _check_settings(argv: Sequence[str], config: ConfigDict | None) -> None:
     names = [arg.lstrip('-').partition('=')[0] for arg in argv if _is_override(arg)]
     if names and config is None:
         raise UserError(f'--{names[0]} needs a --config that it can change')
-    known = dict(flatten(config)) if names else {}
+    known = dict(settings.flatten(config)) if names else {}
     for name in names:
         if name.partition('[')[0] not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
@@ -90,36 +110,77 @@ def _where(error: Exception) -> str:
     return f'{place.filename}, line {place.lineno}: {type(error).__name__}: {what}'
 
 
-def flatten(config: ConfigDict, prefix: str = 'config') -> Iterator[tuple[str, object]]:
-    """Every setting of a config with its full name, as ('config.loss.epsilon', 0.05)."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            yield from flatten(value, f'{prefix}.{key}')
-        else:
-            yield f'{prefix}.{key}', value
-
-
 def main(argv: Sequence[str]) -> int:
     """Run what the command line says; returns the exit code."""
     try:
         values = parse(argv)
         if values.help:
             print(__doc__)
-            for name, value in flatten(values.config or ConfigDict()):
+            for name, value in settings.flatten(values.config or ConfigDict()):
                 print(f'  --{name}={settings.to_dict(value)}')
             return 0
         if values.config is None:
             raise UserError('--config is missing: name a file of settings, as configs/swav_r50.py')
+        if values.plan:
+            from swav_jax import plan
+
+            plan.show(values.config, values.replicas, values.images_per_second)
+            return 0
         if not values.workdir:
             raise UserError('--workdir is missing: name a folder for the run, as runs/first')
-        keep_freed_memory()
+    except UserError as error:
+        return _tell(error)
+    keep_freed_memory()
+    if not _is_distributed(values):
+        return _train(values)
+    return _train_with_others(values)
+
+
+def _train(values: flags.FlagValues) -> int:
+    try:
         from swav_jax import train  # late, so that --help and mistakes in flags answer at once
 
         train.run(values.config, values.workdir)
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+        return _tell(error)
     return 0
+
+
+def _train_with_others(values: flags.FlagValues) -> int:
+    """Join the other processes and train; does not return where something fails.
+
+    At a regular exit JAX would wait minutes for the other processes, which may wait for this one.
+    """
+    from swav_jax import distributed
+
+    try:
+        distributed.join(values.coordinator, values.num_processes, values.process_id)
+        code = _train(values)
+    except UserError as error:
+        code = _tell(error)
+    except Exception as error:
+        code = 1
+        if type(error).__name__ == 'JaxRuntimeError':
+            reason = str(error).strip().partition('\n')[0]
+            print(
+                f'error: another process has ended ({reason}): start all of them again, the run '
+                'goes on from its last checkpoint',
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _tell(error: UserError) -> int:
+    """Print what the user can mend, once over all processes; returns the exit code."""
+    if not isinstance(error, SaidElsewhereError):
+        print(f'error: {error}', file=sys.stderr)
+    return 2
 
 
 if __name__ == '__main__':

@@ -30,18 +30,26 @@ def make_mesh(sync_bn: Mapping, devices: Sequence[jax.Device] | None = None) -> 
       UserError: the group size does not divide the number of devices.
     """
     devices = sorted(devices or jax.devices(), key=lambda d: (d.process_index, d.id))
+    local = sum(d.process_index == devices[0].process_index for d in devices)
+    shape = mesh_shape(sync_bn, len(devices), local)
+    # A mesh from an array has axes of type Auto, which flax.linen's backward pass needs.
+    return Mesh(np.array(devices).reshape(shape), AXES)
+
+
+def mesh_shape(sync_bn: Mapping, num_devices: int, num_local: int) -> tuple[int, int]:
+    """(groups, members) of a mesh of devices, `num_local` of them in each process.
+
+    Raises:
+      UserError: the group size does not divide the number of devices.
+    """
     size = sync_bn['group_size'] if sync_bn['enabled'] else 1
-    if size == 0:
-        size = len(devices)
-    elif size == -1:
-        size = sum(d.process_index == devices[0].process_index for d in devices)
-    if size < 1 or len(devices) % size:
+    size = {0: num_devices, -1: num_local}.get(size, size)
+    if size < 1 or num_devices % size:
         raise UserError(
             f'config.model.sync_bn.group_size={sync_bn["group_size"]} does not divide '
-            f'the {len(devices)} devices: use a divisor, 0 for all, -1 for those of a process'
+            f'the {num_devices} devices: use a divisor, 0 for all, -1 for those of a process'
         )
-    # A mesh from an array has axes of type Auto, which flax.linen's backward pass needs.
-    return Mesh(np.array(devices).reshape(-1, size), AXES)
+    return num_devices // size, size
 
 
 def put(mesh: Mesh, tree, spec: PartitionSpec = REPLICATED):

@@ -140,14 +140,7 @@ def learn(
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
     def loss_of(params):
-        variables = {'params': params, 'batch_stats': state.batch_stats}
-        (embeddings, scores), new = net.apply(
-            variables,
-            _passes(crops, config.train.per_crop_pass),
-            train=True,
-            recompute_passes=config.train.per_crop_pass,
-            mutable=['batch_stats'],
-        )
+        (embeddings, scores), new = forward(net, config, params, state.batch_stats, crops)
         old_scores = queue and head.prototype_scores(
             lax.stop_gradient(params['head']), queue.embeddings
         )
@@ -167,6 +160,29 @@ def learn(
         queue = _choose(state.step >= config.loss.queue.start_iter, pushed, queue)
     metrics = health(loss, embeddings, scores[0], codes[0], weights, settings)
     return grads, batch_stats, queue, metrics
+
+
+def forward(
+    net: SwAVNet, config: Any, params: Any, batch_stats: Any, crops: list[jax.Array]
+) -> tuple[tuple[jax.Array, tuple[jax.Array, ...]], Any]:
+    """Embeddings and scores of one replica's crops (see `SwAVNet`), and the new statistics.
+
+    Crops of equal size in neighbouring groups share a pass through the trunk, or each crop has one
+    of its own: VISSL's two ways.
+    """
+    if config.train.per_crop_pass:
+        passes = [crop for group in crops for crop in group]
+    else:
+        runs = itertools.groupby(crops, key=lambda group: group.shape[2])
+        groups = [jnp.concatenate(list(run)) for _, run in runs]
+        passes = [group.reshape(-1, *group.shape[2:]) for group in groups]
+    return net.apply(
+        {'params': params, 'batch_stats': batch_stats},
+        passes,
+        train=True,
+        recompute_passes=config.train.per_crop_pass,
+        mutable=['batch_stats'],
+    )
 
 
 @jax.named_scope('health')
@@ -227,18 +243,6 @@ def health(
         'embedding_std': jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0))),
         'bad_images': images - counted,
     }
-
-
-def _passes(crops: list[jax.Array], per_crop: bool) -> list[jax.Array]:
-    """What goes through the trunk together, crop-major, in VISSL's ways.
-
-    Neighbouring groups of the same size, or each crop by itself.
-    """
-    if per_crop:
-        return [crop for group in crops for crop in group]
-    runs = itertools.groupby(crops, key=lambda group: group.shape[2])
-    groups = [jnp.concatenate(list(run)) for _, run in runs]
-    return [group.reshape(-1, *group.shape[2:]) for group in groups]
 
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:

@@ -5,7 +5,6 @@ and plain data are unpickled.
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from swav_jax import atomic
 from swav_jax.errors import UserError
 from swav_jax.torch_layouts import (
     LAYOUTS,
@@ -154,22 +154,18 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
     path = Path(path)
     torch = _torch()
     tensors = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if file_format == 'safetensors':
-            from safetensors.torch import save
+        with atomic.replacing(path) as temporary:
+            if file_format == 'safetensors':
+                from safetensors.torch import save
 
-            temporary.write_bytes(save(tensors))
-        else:
-            torch.save(_nested(tensors), temporary)
-        temporary.replace(path)
+                temporary.write_bytes(save(tensors))
+            else:
+                torch.save(_nested(tensors), temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).partition('\n')[0]
         raise UserError(f'{path} cannot be written ({reason}): give another --out') from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 # Files

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 import swav_jax
 from swav_jax import config as settings
+from swav_jax import distributed, optim
 from swav_jax import mesh as meshes
-from swav_jax import optim
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.data import pipeline, sources
 from swav_jax.data.bad_images import BadImages
@@ -38,20 +38,22 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     Raises:
       UserError: a setting, the data or the folder cannot work.
     """
-    settings.validate(config)
-    check_float64(config)
-    workdir = open_workdir(workdir)
-    mesh = meshes.make_mesh(config.model.sync_bn)
-    source = sources.open_source(
-        config.data.source,
-        limit=config.data.limit,
-        channels=config.data.channels,
-        cache_dir=str(workdir),
-    )
-    sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
-    schedule = make_schedule(config, sizes)
-    net, tx, layout, state = make_state(config, sizes, schedule, mesh)
-    evaluation = OnlineEvaluation(config, net, mesh, workdir)
+    distributed.check_same(config)
+    with distributed.failing_together():
+        settings.validate(config)
+        check_float64(config)
+        workdir = open_workdir(workdir)
+        mesh = meshes.make_mesh(config.model.sync_bn)
+        source = sources.open_source(
+            config.data.source,
+            limit=config.data.limit,
+            channels=config.data.channels,
+            cache_dir=str(workdir),
+        )
+        sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
+        schedule = make_schedule(config, sizes)
+        net, tx, layout, state = make_state(config, sizes, schedule, mesh)
+        evaluation = OnlineEvaluation(config, net, mesh, workdir)
 
     checkpoints = Checkpoints(
         workdir / 'checkpoints',
@@ -59,10 +61,11 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         keep_every_steps=config.checkpoint.keep_every_epochs * sizes.steps_per_epoch,
     )
     results: Results = {}
-    if (restored := checkpoints.restore(layout.whole())) is not None:
-        state, results = layout.spread(restored[0]), restored[1]['results']
-    elif config.init_from:
-        state = start_from(config, layout, state)
+    with distributed.failing_together():
+        if (restored := checkpoints.restore(layout.whole())) is not None:
+            state, results = layout.spread(restored[0]), restored[1]['results']
+        elif config.init_from:
+            state = start_from(config, layout, state)
     first_step = int(state.step)
     write_config(config, workdir)
     monitor = Monitor(

@@ -149,17 +149,7 @@ def test_one_step_has_shapes(name):
 
     state = jax.eval_shape(make_state)
     step = make_train_step(made['net'], made['tx'], config, made['layout'])
-    rows, crops, side = sizes.batch_size, sum(config.data.num_crops), config.data.canvas_size
-    batch = {
-        'image': ((rows, side, side, config.data.channels), jnp.uint8),
-        'size': ((rows, 2), jnp.int32),
-        'boxes': ((rows, crops, 4), jnp.float32),
-        'weight': ((rows,), jnp.float32),
-        'epoch': ((rows,), jnp.int32),
-        'position': ((rows,), jnp.int32),
-        'index': ((rows,), jnp.int32),
-    }
-    batch = {key: jax.ShapeDtypeStruct(*value) for key, value in batch.items()}
+    batch = traced.batch_shapes(config, sizes.batch_size)
     after, metrics = jax.eval_shape(step, state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from swav_jax import atomic
 from swav_jax.errors import UserError
 
 
@@ -34,11 +34,10 @@ def remembered(
         return saved['listing']
     listing, watched = build()
     stamps = {file: _stamp(file) for file in watched}
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({'key': key, 'stamps': stamps, 'listing': listing}))
-        part.replace(path)
+        with atomic.replacing(path) as part:
+            part.write_text(json.dumps({'key': key, 'stamps': stamps, 'listing': listing}))
     except OSError as error:
         raise UserError(
             f'the list of images cannot be kept in {cache_dir} ({error.strerror}): make that '

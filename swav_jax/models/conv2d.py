@@ -51,10 +51,16 @@ def _forward(x, kernel, stride, padding, groups):
 
 
 def _backward(stride, padding, groups, operands, dy):
-    def gradients(conv):
-        return lambda x, kernel, dy: jax.vjp(conv, x, kernel)[1](dy)
+    conv_cpu, conv_xla = _implementations(stride, padding, groups)
 
-    cpu, default = map(gradients, _implementations(stride, padding, groups))
+    def cpu(x, kernel, dy):
+        return jax.vjp(conv_cpu, x, kernel)[1](dy)
+
+    def default(x, kernel, dy):  # linear in each: no forward pass is traced again
+        (dx,) = jax.linear_transpose(lambda x: conv_xla(x, kernel), x)(dy)
+        (dkernel,) = jax.linear_transpose(lambda kernel: conv_xla(x, kernel), kernel)(dy)
+        return dx, dkernel
+
     return lax.platform_dependent(*operands, dy, cpu=cpu, default=default)
 
 

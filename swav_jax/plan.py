@@ -1,0 +1,234 @@
+"""`--plan`: what a run will take and what it will meet, before anything is spent."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh
+from ml_collections import ConfigDict
+
+from swav_jax import config as settings
+from swav_jax import mesh as meshes
+from swav_jax import optim, traced
+from swav_jax.data import sources
+from swav_jax.errors import UserError
+from swav_jax.initial_state import make_schedule, make_state
+from swav_jax.state import TrainState
+from swav_jax.step import make_train_step
+
+IMAGENET = 1_281_167  # images of the training set
+# JPEGs of 500×375 that one core decodes onto a canvas of 512² in a second, with the boxes.
+DECODED_PER_CORE = 750
+DEVICES_PER_PROCESS = 8  # what group_size=-1 means for a plan of more devices than here are
+IMAGES_PER_PROTOTYPE = 20  # fewer are hardly a cluster
+CURVE = (60, 8)  # columns and rows of the plot
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One device's share of a step, in bytes but for `flops`."""
+
+    params: int
+    num_params: int
+    opt_state: int
+    gradients: int
+    gathered: int  # the whole parameters, where each device keeps only a slice
+    kept: int  # of the forward pass, for the backward pass
+    batch: int  # canvases and crops
+    queue: int
+    sent: int  # all-reduced, gathered or scattered
+    flops: int
+
+    @property
+    def memory(self) -> int:
+        """All of it, without what kernels need for a moment."""
+        parts = (self.params, self.opt_state, self.gradients, self.gathered, self.kept)
+        return sum(parts) + self.batch + self.queue
+
+
+def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
+    """Print the plan of a run on `replicas` devices (0: those that are here).
+
+    Raises:
+      UserError: a setting cannot work.
+    """
+    checked = copy.deepcopy(config)
+    checked.data.source = config.data.source or 'synthetic'  # a plan needs no images
+    settings.validate(checked)
+    replicas = replicas or jax.device_count()
+    num_images, said = count_images(config)
+    local = min(replicas, DEVICES_PER_PROCESS)
+    mesh = AbstractMesh(meshes.mesh_shape(config.model.sync_bn, replicas, local), meshes.AXES)
+    sizes = settings.sizes(config, num_images=num_images, num_replicas=replicas)
+    schedule = make_schedule(config, sizes)
+    found = cost(config, sizes, schedule, mesh)
+    rates = np.array([float(schedule(s)) for s in np.linspace(0, sizes.total_steps - 1, CURVE[0])])
+
+    for name, value in settings.flatten(config):
+        print(f'--{name}={settings.to_dict(value)}')
+    print()
+    for label, text in describe(config, sizes, mesh, found, images_per_second):
+        print(f'{label:<22}{text}')
+    print(f'\nlearning rate over {sizes.total_steps:,} steps, up to {rates.max():.4g}')
+    print('\n'.join(draw(rates, *CURVE)))
+    warnings = list(said) + list(warn(config, sizes, schedule))
+    print()
+    for text in warnings:
+        print(f'warning: {text}')
+    if not warnings:
+        print('nothing to warn of')
+
+
+def count_images(config: ConfigDict) -> tuple[int, list[str]]:
+    """Images of the source; ImageNet's number, with a word on it, where the source is not here."""
+    name, limit = config.data.source, config.data.limit
+    try:
+        source = sources.open_source(name, limit=limit, channels=config.data.channels)
+    except UserError as error:
+        assumed = limit or IMAGENET
+        return assumed, [
+            f'{error}; the plan takes {assumed:,} images: --config.data.limit says another number'
+        ]
+    return len(source), []
+
+
+def cost(
+    config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: AbstractMesh
+) -> Cost:
+    """One device's share of a step, from the traced step and the state's layout."""
+    made = {}
+
+    def initial() -> TrainState:
+        made['net'], made['tx'], made['layout'], state = make_state(config, sizes, schedule, mesh)
+        return state
+
+    state = jax.eval_shape(initial)
+    layout = made['layout']
+    step = make_train_step(made['net'], made['tx'], config, layout)
+    batch = traced.batch_shapes(config, sizes.batch_size)
+    counted = traced.cost(step, state, batch)
+    whole = layout.whole()
+    slices = mesh.size if config.sharding == 'zero' else 1
+    params = traced.tree_bytes(state.params) // slices
+    pixels = sum(
+        n * size**2 for n, size in zip(config.data.num_crops, config.data.size_crops, strict=True)
+    )
+    crops = 4 * config.data.batchsize_per_replica * config.data.channels * pixels
+    return Cost(
+        params=params,
+        num_params=sum(x.size for x in jax.tree.leaves(whole.params)),
+        opt_state=traced.tree_bytes(state.opt_state) // slices,
+        gradients=traced.tree_bytes(whole.params),
+        gathered=traced.tree_bytes(whole.params) if slices > 1 else 0,
+        kept=traced.kept_bytes(config),
+        batch=traced.tree_bytes(batch) // mesh.size + crops,
+        queue=traced.tree_bytes(state.queue) // mesh.size,
+        sent=counted['bytes_sent'],
+        flops=counted['flops'],
+    )
+
+
+def describe(
+    config: ConfigDict,
+    sizes: settings.Sizes,
+    mesh: AbstractMesh,
+    found: Cost,
+    images_per_second: float,
+) -> Iterator[tuple[str, str]]:
+    """Labels and what stands behind them."""
+    per_replica = config.data.batchsize_per_replica
+    groups, members = mesh.shape.values()
+    yield 'batch', f'{sizes.num_replicas} replicas × {per_replica} = {sizes.batch_size:,} images'
+    yield 'BatchNorm', f'{groups} group{"s" * (groups > 1)} of {members} replicas'
+    yield (
+        'steps',
+        f'{sizes.steps_per_epoch:,} an epoch ({sizes.num_images:,} images), '
+        f'{sizes.last_step:,} in all',
+    )
+    if sizes.queue_batches:
+        yield 'queue', f'{sizes.queue_length:,} images, {sizes.queue_batches} batches'
+    yield 'parameters', f'{found.num_params:,}'
+    yield (
+        'FLOPs',
+        f'{found.flops / 1e12:,.3g} T a step and device, '
+        f'{found.flops / per_replica / 1e9:,.3g} G an image, forward and backward',
+    )
+    yield 'sent', f'{_size(found.sent)} a step and device: all-reduced, gathered or scattered'
+    yield 'memory per device', f'{_size(found.memory)}, and what kernels need for a moment'
+    for label, value in (
+        ('parameters', found.params),
+        ('gathered parameters', found.gathered),
+        ('optimizer state', found.opt_state),
+        ('gradients', found.gradients),
+        ('kept for backward', found.kept),
+        ('batch and crops', found.batch),
+        ('queue', found.queue),
+    ):
+        if value:
+            yield f'  {label}', _size(value)
+    cores = images_per_second / DECODED_PER_CORE
+    yield (
+        'host',
+        f'{math.ceil(cores)} cores decode {images_per_second:,.0f} images/s (a core about '
+        f'{DECODED_PER_CORE} of 500×375; --images_per_second)',
+    )
+
+
+def warn(config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule) -> Iterator[str]:
+    """What will probably go wrong, and what helps."""
+    prototypes, batch = max(config.model.head.num_clusters), sizes.batch_size
+    samples = batch + sizes.queue_length
+    if samples < prototypes:
+        queue = math.ceil((prototypes - batch) / batch) * batch
+        yield (
+            f'{samples:,} images (batch and queue) share {prototypes:,} prototypes, and codes '
+            f'need as many: set config.loss.queue.queue_length={queue} with a late start_iter, '
+            'use more devices or fewer config.model.head.num_clusters'
+        )
+    if sizes.num_images < IMAGES_PER_PROTOTYPE * prototypes:
+        yield (
+            f'{sizes.num_images:,} images are fewer than {IMAGES_PER_PROTOTYPE} for each of '
+            f'{prototypes:,} prototypes: about {max(sizes.num_images // 100, 2):,} '
+            '(config.model.head.num_clusters) would do'
+        )
+    frozen = max((n for _, n in config.model.temp_frozen_params_iter_map), default=0)
+    if frozen >= sizes.last_step / 2:
+        yield (
+            f'config.model.temp_frozen_params_iter_map freezes for {frozen:,} of '
+            f'{sizes.last_step:,} steps: {max(sizes.last_step // 100, 1):,} would be a hundredth'
+        )
+    full = config.loss.queue.start_iter + sizes.queue_batches
+    if sizes.queue_batches and full >= sizes.last_step:
+        yield (
+            f'the queue is full after step {full:,}, the run ends after {sizes.last_step:,}: lower '
+            'config.loss.queue.start_iter or queue_length'
+        )
+    lr = config.optimizer.param_schedulers.lr
+    if lr.name == 'composite' and lr.schedulers[0].name == 'linear':
+        end = max(int(lr.lengths[0] * sizes.total_steps), 1)
+        if float(schedule(0)) >= float(schedule(end)):
+            yield (
+                f'the warm-up does not climb: it begins at {float(schedule(0)):.3g}, the peak for '
+                f'{batch:,} images is {float(schedule(end)):.3g}: lower start_value in '
+                'config.optimizer.param_schedulers.lr.schedulers'
+            )
+        if lr.lengths[0] * sizes.total_steps < 1:
+            yield 'the warm-up is shorter than a step: lengthen it or train for more epochs'
+
+
+def draw(values: np.ndarray, columns: int, rows: int) -> Iterator[str]:
+    """Lines of a plot of non-negative values in blocks of eighths."""
+    blocks = ' ▁▂▃▄▅▆▇█'
+    heights = np.ceil(values / max(values.max(), 1e-30) * rows * 8).astype(int)
+    for row in reversed(range(rows)):
+        yield ''.join(blocks[h] for h in np.clip(heights[:columns] - 8 * row, 0, 8)).rstrip()
+
+
+def _size(count: float) -> str:
+    for unit, size in (('GB', 1e9), ('MB', 1e6)):
+        if count >= size:
+            return f'{count / size:,.3g} {unit}'
+    return f'{count / 1e3:,.3g} kB'

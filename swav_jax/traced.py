@@ -1,0 +1,124 @@
+"""What a step costs, read from its trace: nothing is compiled or allocated."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr
+from ml_collections import ConfigDict
+
+from swav_jax import models, step
+from swav_jax.precision import COMPUTE_DTYPES
+
+COLLECTIVES = ('psum', 'psum_invariant', 'pmax', 'all_gather', 'reduce_scatter')
+
+
+def batch_shapes(config: ConfigDict, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a global batch of `data.pipeline.train_batches`."""
+    side, crops = config.data.canvas_size, sum(config.data.num_crops)
+    shapes = {
+        'image': ((side, side, config.data.channels), jnp.uint8),
+        'size': ((2,), jnp.int32),
+        'boxes': ((crops, 4), jnp.float32),
+        'weight': ((), jnp.float32),
+        'epoch': ((), jnp.int32),
+        'position': ((), jnp.int32),
+        'index': ((), jnp.int32),
+    }
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def cost(function: Callable, *args: Any) -> Counter:
+    """`flops` of convolutions and matrix products and `bytes_sent` of a function's trace.
+
+    Of what runs inside `shard_map` it is one device's share. A product of n numbers is 2n FLOPs.
+    """
+    return _cost(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _cost(jaxpr: Jaxpr) -> Counter:
+    total = Counter()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == 'dot_general':
+            total['flops'] += _product_flops(equation)
+        elif name == 'conv_general_dilated':
+            total['flops'] += _convolution_flops(equation)
+        elif name in COLLECTIVES:
+            total['bytes_sent'] += sum(_bytes(x.aval) for x in equation.invars)
+        inner = [_cost(j) for j in _inner(equation.params)]
+        if name == 'cond':  # by platform; the last branch is what all but the CPU run
+            inner = inner[-1:]
+        for counted in inner:
+            repeats = equation.params['length'] if name == 'scan' else 1
+            total.update({key: repeats * value for key, value in counted.items()})
+    return total
+
+
+def _inner(params: dict[str, Any]) -> list[Jaxpr]:
+    """The programs inside of an equation; of a function with its own gradient, the function's."""
+    found = []
+    for value in params.values():
+        for part in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(part, ClosedJaxpr):
+                found.append(part.jaxpr)
+            elif isinstance(part, Jaxpr):
+                found.append(part)
+    return found
+
+
+def _product_flops(equation: Any) -> int:
+    left = equation.invars[0].aval.shape
+    (contracted, _), _ = equation.params['dimension_numbers']
+    return 2 * equation.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+
+
+def _convolution_flops(equation: Any) -> int:
+    kernel, spec = equation.invars[1].aval.shape, equation.params['dimension_numbers'].rhs_spec
+    per_output = math.prod(kernel) // kernel[spec[0]]
+    # Zeros that dilation puts between the numbers are not multiplied.
+    dilation = math.prod(equation.params['lhs_dilation'])
+    return 2 * equation.outvars[0].aval.size * per_output // dilation
+
+
+def kept_bytes(config: ConfigDict) -> int:
+    """Bytes that one device's backward pass keeps of its forward pass, parameters not counted.
+
+    JAX's residuals of the network and its passes at `batchsize_per_replica`. XLA may keep less,
+    where it computes again what is cheap.
+    """
+    dtype = COMPUTE_DTYPES[config.precision]
+    net = models.build(config.model, channels=config.data.channels, dtype=dtype)
+    rows, channels = config.data.batchsize_per_replica, config.data.channels
+    crops = [
+        jax.ShapeDtypeStruct((n, rows, size, size, channels), jnp.float32)
+        for n, size in zip(config.data.num_crops, config.data.size_crops, strict=True)
+    ]
+    side = max(config.data.size_crops)
+    variables = jax.eval_shape(
+        lambda: net.init(jax.random.key(0), [jnp.zeros((1, side, side, channels))], train=True)
+    )
+
+    def residuals(variables, crops):
+        def forward(params):
+            return step.forward(net, config, params, variables['batch_stats'], crops)
+
+        return jax.vjp(forward, variables['params'], has_aux=True)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, variables, crops))
+    return sum(map(_bytes, kept)) - tree_bytes(variables['params'])
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    return sum(map(_bytes, jax.tree.leaves(tree)))
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize

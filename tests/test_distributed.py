@@ -1,0 +1,157 @@
+"""Real processes over gloo: the same training as one process, and the same end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    '--config=configs/demo.py',
+    '--config.data.limit=128',
+    '--config.data.batchsize_per_replica=8',
+    '--config.data.num_crops=(2,)',
+    '--config.data.size_crops=(16,)',
+    '--config.data.crop_scales=((0.4,1.0),)',
+    '--config.model.trunk.width_multiplier=0.03125',
+    '--config.model.head.dims=(0,8,4)',
+    '--config.model.head.num_clusters=(5,)',
+    '--config.loss.queue.queue_length=64',
+    '--config.evaluate.train_source=demo:test',
+    '--config.evaluate.test_source=demo:test',
+    '--config.train.log_every_steps=1',
+    '--config.train.max_steps=10',
+    '--config.precision=float64',
+    '--config.optimizer.param_schedulers.lr.auto_lr_scaling.base_value=0.1',
+)
+
+
+def environment(devices=1):
+    return os.environ | {
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_ENABLE_X64': 'True',
+        'PYTHONPATH': str(ROOT),
+    }
+
+
+@pytest.fixture
+def start():
+    """Starts a Python process with its output piped; ends what a failed test leaves behind."""
+    processes = []
+
+    def start(*command):
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(), **pipes)
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.terminate()
+        process.communicate()
+
+
+def one_of_two(number, port, workdir, *flags):
+    """The command line of one of two processes."""
+    others = (f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={number}')
+    return ('-m', 'swav_jax.main', f'--workdir={workdir}', *TINY, *flags, *others)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        return probe.getsockname()[1]
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+@pytest.fixture(scope='module')
+def single(tmp_path_factory):
+    """Metrics of a single process with 4 devices, and its kNN accuracy."""
+    workdir = tmp_path_factory.mktemp('single')
+    command = [sys.executable, '-m', 'swav_jax.main', f'--workdir={workdir}', *TINY]
+    subprocess.run(
+        [*command, '--config.data.batchsize_per_replica=4'],
+        cwd=ROOT, env=environment(4), check=True, capture_output=True,
+    )  # fmt: skip
+    return metrics(workdir), json.loads((workdir / 'summary.json').read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('processes', 'devices'), [(2, 4), (4, 1)])
+def test_processes_train_like_a_single_one(processes, devices, single, start, tmp_path):
+    batch = f'--config.data.batchsize_per_replica={16 // (processes * devices)}'
+    launcher = ('scripts/launch_local.py', str(processes), f'--cpu_devices={devices}')
+    launched = start(*launcher, f'--workdir={tmp_path}', *TINY, batch)
+    out, err = launched.communicate(timeout=500)
+    assert launched.returncode == 0, err
+    assert out.count('step 10/10') == 2  # the kNN's line and the loss's, of process 0 alone
+    expected, summary = single
+    found = metrics(tmp_path)
+    for name in ('step', 'epoch', 'loss', 'lr', 'grad_norm', 'active_prototypes'):
+        np.testing.assert_allclose(
+            [row[name] for row in found], [row[name] for row in expected], rtol=1e-9, err_msg=name
+        )
+    found = json.loads((tmp_path / 'summary.json').read_text())
+    for name in ('knn_top1', 'nmi', 'knn_top1_untrained'):
+        assert found[name] == pytest.approx(summary[name], abs=1e-6)
+    assert len(list((tmp_path / 'tensorboard').glob('events*'))) == 1
+
+
+@pytest.mark.slow
+def test_the_others_end_when_one_is_killed(start, tmp_path):
+    port, flags = free_port(), ('--config.train.max_steps=0', '--config.optimizer.num_epochs=99999')
+    processes = [start(*one_of_two(i, port, tmp_path, *flags)) for i in range(2)]
+    deadline = time.monotonic() + 300
+    while not (tmp_path / 'metrics.jsonl').exists() or len(metrics(tmp_path)) < 3:
+        assert time.monotonic() < deadline and not any(p.poll() for p in processes)
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGKILL)
+    killed_at = time.monotonic()
+    _, err = processes[0].communicate(timeout=120)
+    assert time.monotonic() - killed_at < 120
+    assert processes[0].returncode not in (0, 2)
+    assert 'another process has ended' in err
+
+
+@pytest.mark.slow
+def test_processes_that_disagree_or_fail_say_so_once_and_all_end(start, tmp_path):
+    """By different settings, then by data that only one of them has."""
+    for own, message in (
+        (('--config.loss.epsilon=0.05',), 'config.loss.epsilon is 0.03 in process 0 and 0.05 in 1'),
+        (('--workdir=/proc/none',), 'process 1: --workdir=/proc/none cannot be written'),
+    ):
+        port = free_port()
+        processes = [start(*one_of_two(i, port, tmp_path, *(own if i else ()))) for i in range(2)]
+        ended = [(*p.communicate(timeout=200), p.returncode) for p in processes]
+        assert [code for *_, code in ended] == [2, 2]
+        lines = [line for _, err, _ in ended for line in err.splitlines() if 'error' in line]
+        assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0]
+        assert lines[0] in ended[0][1]
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--coordinator=localhost:1'], '--num_processes and --process_id missing'),
+        (['--coordinator=a:1', '--num_processes=2', '--process_id=2'], 'must be from 0 to 1'),
+        (['--coordinator=a', '--num_processes=2', '--process_id=0'], 'must be HOST:PORT'),
+        (['--distributed'], 'finds no other processes'),
+    ],
+)
+def test_flags_that_join_nothing_are_explained(flags, message, tmp_path):
+    command = [sys.executable, '-m', 'swav_jax.main', f'--workdir={tmp_path}', *TINY, *flags]
+    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith('error: ') and ended.stderr.count('\n') == 1
+    assert message in ended.stderr
