@@ -29,8 +29,8 @@ from swav_jax.workdir import open_workdir, write_config
 def run(config: ConfigDict, workdir: str | Path) -> Results:
     """Train as `config` says, or go on where the run in `workdir` stopped.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json and the pictures of
-    `evaluate.report` into `workdir`.
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json and at the end the
+    page and the pictures of `evaluate.report` into `workdir`.
 
     Returns:
       The summary that is written to summary.json.
@@ -116,9 +116,8 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
     summary = monitor.finish(results)
     found = evaluation.look(layout.gather(state), evaluation.test)
     if jax.process_index() == 0:
-        report.draw_loss(workdir)
-        report.draw_prototypes(workdir, found, evaluation.test)
-        monitor.say(f'{workdir} holds the summary and the pictures loss.png and prototypes.png')
+        report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
+        monitor.say(f'look at {workdir}/report.html')
     return summary
 
 

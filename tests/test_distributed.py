@@ -105,7 +105,9 @@ def test_processes_train_like_a_single_one(processes, devices, single, start, tm
     found = json.loads((tmp_path / 'summary.json').read_text())
     for name in ('knn_top1', 'nmi', 'knn_top1_untrained'):
         assert found[name] == pytest.approx(summary[name], abs=1e-6)
-    assert len(list((tmp_path / 'tensorboard').glob('events*'))) == 1
+    written = list((tmp_path / 'tensorboard').glob('events*'))
+    assert len(written) == 2, "process 0's numbers and its report's pictures"
+    assert (tmp_path / 'report.html').exists()
 
 
 @pytest.mark.slow

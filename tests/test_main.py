@@ -94,8 +94,8 @@ def test_the_imagenet_recipe_trains_on_a_folder_of_photographs(photographs, tmp_
     assert done.stderr == ''
     written = {path.name for path in tmp_path.iterdir()}
     assert written >= {
-        'config.json', 'metrics.jsonl', 'summary.json', 'checkpoints', 'tensorboard', 'loss.png',
-        'prototypes.png',
+        'config.json', 'metrics.jsonl', 'summary.json', 'checkpoints', 'tensorboard', 'report.html',
+        'loss.png', 'prototypes.png', 'map.png',
     }  # fmt: skip
     found = rows(tmp_path)
     assert [row['step'] for row in found] == [1, 2, 3]
