@@ -65,7 +65,8 @@ def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
     sizes = settings.sizes(config, num_images=num_images, num_replicas=replicas)
     schedule = make_schedule(config, sizes)
     found = cost(config, sizes, schedule, mesh)
-    rates = np.array([float(schedule(s)) for s in np.linspace(0, sizes.total_steps - 1, CURVE[0])])
+    places = np.linspace(0, sizes.total_steps - 1, CURVE[0])
+    rates = np.array([float(schedule(int(step))) for step in places])
 
     for name, value in settings.flatten(config):
         print(f'--{name}={settings.to_dict(value)}')

@@ -1,0 +1,65 @@
+"""One seed is one training, whatever the number of devices: images, crops and losses."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from swav_jax import config as settings
+from swav_jax.data import pipeline, sources
+from swav_jax.initial_state import make_schedule, make_state
+from swav_jax.mesh import make_mesh, put_batch
+from swav_jax.step import make_train_step, multi_crop
+
+STEPS = 10
+BATCH = 16
+
+
+def small_run(precision):
+    """A small ResNet on the embedded images, with a queue that is used from step 4 on."""
+    c = settings.default()
+    c.precision = precision
+    c.data.source, c.data.channels, c.data.canvas_size = 'demo', 1, 28
+    c.data.mean, c.data.std = (0.286,), (0.353,)
+    c.data.num_crops, c.data.size_crops = (2, 1), (16, 8)
+    c.model.trunk.depth, c.model.trunk.width_multiplier, c.model.trunk.stem = 18, 0.0625, 'small'
+    c.model.head.dims, c.model.head.num_clusters = (0, 16, 8), (12,)
+    c.model.temp_frozen_params_iter_map = (('head/prototypes0', 2),)
+    c.loss.queue.queue_length = 2 * BATCH
+    c.loss.queue.start_iter = 2
+    return c
+
+
+def train(devices, precision):
+    """Indices and crops of the first batch, and the losses."""
+    c = small_run(precision)
+    c.data.batchsize_per_replica = BATCH // devices
+    mesh = make_mesh(c.model.sync_bn, jax.devices()[:devices])
+    source = sources.open_source(c.data.source, channels=1)
+    sizes = settings.sizes(c, num_images=len(source), num_replicas=devices)
+    net, tx, layout, state = make_state(c, sizes, make_schedule(c, sizes), mesh)
+    step = make_train_step(net, tx, c, layout)
+    batches = pipeline.train_batches(source, c.data, seed=c.seed, global_batch=BATCH, first_step=0)
+    losses, seen, crops = [], [], None
+    for batch in itertools.islice(batches, STEPS):
+        seen.append(batch['index'])
+        placed = put_batch(mesh, batch)
+        if crops is None:
+            crops = jax.device_get(jax.jit(lambda b: multi_crop(c, mesh, b))(placed))
+        state, metrics = step(state, placed)
+        losses.append(float(metrics['loss']))
+    assert int(state.queue.filled) == 2
+    return np.array(seen), crops, losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('precision', 'bound'), [('float32', 1e-4), ('float64', 1e-9)])
+def test_devices_share_images_crops_and_losses(precision, bound):
+    with jax.enable_x64(precision == 'float64'):
+        seen, crops, losses = train(1, precision)
+        for devices in (2, 4, 8):
+            their_seen, their_crops, their_losses = train(devices, precision)
+            np.testing.assert_array_equal(their_seen, seen)
+            jax.tree.map(np.testing.assert_array_equal, their_crops, crops)
+            np.testing.assert_allclose(their_losses, losses, rtol=bound)
