@@ -113,7 +113,7 @@ def decoded(source, channels, canvas=128):
 
 @pytest.mark.filterwarnings('ignore:Palette images')
 @pytest.mark.parametrize('channels', [1, 3])
-def test_pixels_are_pils(tmp_path, channels):
+def test_pixels_are_pils(tmp_path, channels, capfd):
     write_all(tmp_path, readable_files())
     source = sources.open_source(f'folder:{tmp_path}', channels=channels)
     found = decoded(source, channels)
@@ -126,6 +126,7 @@ def test_pixels_are_pils(tmp_path, channels):
         assert weight == 1 and expected.shape[:2] == (height, width), name
         np.testing.assert_array_equal(image[:height, :width], expected, err_msg=name)
         assert not image[height:].any() and not image[:, width:].any()
+    assert capfd.readouterr().err == '', 'a decoder talks past us'
 
 
 def test_unreadable_files_become_gray_and_are_listed(tmp_path):

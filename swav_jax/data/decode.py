@@ -110,7 +110,10 @@ def decode(encoded: tf.Tensor, canvas_size: int) -> tuple[tf.Tensor, tf.Tensor]:
 
 def _jpeg_header(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Height and width; whether it has one or three components."""
-    shape = tf.io.extract_jpeg_shape(encoded)
+    # For anything else libjpeg would write a line to stderr, past every log level.
+    is_jpeg = tf.debugging.Assert(tf.strings.substr(encoded, 0, 2) == b'\xff\xd8', [False])
+    with tf.control_dependencies([is_jpeg]):
+        shape = tf.io.extract_jpeg_shape(encoded)
     return shape[:2], shape[2] < 4
 
 
