@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 from contextlib import closing
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -79,6 +81,21 @@ def test_embed_takes_arrays_and_files(workdir, tmp_path):
     assert files.readable.tolist() == [True] * 5 + [False]
     with pytest.raises(UserError, match=r'images are float64\[5, 28, 28, 1\]: give uint8'):
         model.embed(images.images / 255)
+
+
+def test_the_readmes_lines_of_python(workdir, tmp_path, monkeypatch):
+    """As they are written there, on the run of these tests and images that it has not seen."""
+    (tmp_path / 'runs').mkdir()
+    (tmp_path / 'runs' / 'demo').symlink_to(workdir)
+    text = (Path(__file__).parent.parent / 'README.md').read_text()
+    (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    test = load(workdir).open('demo:test', limit=300)
+    names = {'images': test.images}
+    exec(code, names)
+    assert np.mean(names['classes'] == test.labels) > 0.5
+    assert names['prototypes'].shape == (300,) and names['prototypes'].max() < 30
+    np.testing.assert_allclose(np.linalg.norm(names['found'].embeddings, axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize('name', ['found.npz', 'found'])
