@@ -104,6 +104,13 @@ def check_same(config: ConfigDict) -> None:
             _raise_first([f'processes disagree: {shown}: start all with the same command'])
 
 
+def rows_of_all(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The rows of every process, in the order of the processes; all have equally many."""
+    if jax.process_count() == 1:
+        return arrays
+    return tuple(np.concatenate(multihost_utils.process_allgather(x)) for x in arrays)
+
+
 def _raise_first(problems: list[str]) -> None:
     for number, problem in enumerate(problems):
         if problem:

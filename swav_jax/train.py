@@ -94,16 +94,21 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    bad_images = BadImages(source, workdir / 'bad_images.txt', config.data.max_bad_fraction)
-    metrics = None
+    bad_images = BadImages(
+        source,
+        workdir / 'bad_images.txt',
+        config.data.max_bad_fraction,
+        writes=jax.process_index() == 0,
+    )
+    metrics = seen = None
     for step in range(first_step + 1, sizes.last_step + 1):
         batch, data_wait = fetch(batches, metrics)
-        for name in bad_images.update(batch['index'], batch['weight']):
-            monitor.say(f'cannot be read, does not count: {name}')
         lr = schedule(optim.updates_made(state.opt_state))
         previous, (state, metrics) = metrics, train_step(state, put_batch(mesh, batch))
         # One step computes while the next is queued; a longer queue would only hold more batches.
         jax.block_until_ready(previous)
+        note_bad_images(bad_images, seen, previous, monitor)
+        seen = batch
         monitor.record(step, metrics | {'lr': lr}, data_wait)
         if is_due(step, config.evaluate, sizes):
             learned = evaluation.run(layout.gather(state))
@@ -112,6 +117,7 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         if is_due(step, config.checkpoint, sizes):
             monitor.flush()
             checkpoints.save(step, layout.gather(state), describe(config, results))
+    note_bad_images(bad_images, seen, metrics, monitor)
     checkpoints.close()
     summary = monitor.finish(results)
     found = evaluation.look(layout.gather(state), evaluation.test)
@@ -160,6 +166,33 @@ def fetch(
     seconds = time.perf_counter() - start
     idle = metrics is None or metrics['loss'].is_ready()
     return batch, seconds if idle else 0.0
+
+
+def note_bad_images(
+    bad_images: BadImages,
+    batch: pipeline.Batch | None,
+    metrics: dict[str, jax.Array] | None,
+    monitor: Monitor,
+) -> None:
+    """List what no process could read of a step's batch.
+
+    The processes speak to each other only in a step that has such images, which its metrics tell
+    all of them: so they all hold the same list, and stop at the same step.
+
+    Args:
+      bad_images: the list.
+      batch, metrics: this process's, of the same step; None before the first one.
+      monitor: says what is new.
+
+    Raises:
+      UserError: the list is too long; SaidElsewhereError on all processes but the first.
+    """
+    if metrics is None or metrics['bad_images'] == 0:
+        return
+    index, weight = distributed.rows_of_all(batch['index'], batch['weight'])
+    with distributed.failing_together():
+        for name in bad_images.update(index, weight):
+            monitor.say(f'cannot be read, does not count: {name}')
 
 
 def is_due(step: int, every: ConfigDict, sizes: settings.Sizes) -> bool:

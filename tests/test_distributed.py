@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -140,6 +141,28 @@ def test_processes_that_disagree_or_fail_say_so_once_and_all_end(start, tmp_path
         lines = [line for _, err, _ in ended for line in err.splitlines() if 'error' in line]
         assert len(lines) == 1 and lines[0].startswith('error: ') and message in lines[0]
         assert lines[0] in ended[0][1]
+
+
+@pytest.mark.slow
+def test_bad_images_of_all_processes_are_in_one_list_and_stop_all(start, tmp_path):
+    """12 of 32 images are bad; each process meets only some, and not more than is allowed."""
+    folder, workdir, port = tmp_path / 'images', tmp_path / 'run', free_port()
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(32):
+        path = folder / f'{i:02}.png'
+        Image.fromarray(rng.integers(0, 256, (24, 24), np.uint8)).save(path)
+        if i < 12:
+            path.write_bytes(path.read_bytes()[:100])
+    flags = (f'--config.data.source=folder:{folder}', '--config.data.max_bad_fraction=0.3')
+    flags += ('--config.train.max_steps=2', '--config.evaluate.train_source=')
+    processes = [start(*one_of_two(i, port, workdir, *flags)) for i in range(2)]
+    ended = [(*p.communicate(timeout=500), p.returncode) for p in processes]
+    assert [code for *_, code in ended] == [2, 2], ended
+    assert '12 of 32 images cannot be read' in ended[0][1]
+    assert 'cannot be read' not in ''.join(ended[1][:2])
+    listed = (workdir / 'bad_images.txt').read_text().splitlines()
+    assert sorted(listed) == [str(folder / f'{i:02}.png') for i in range(12)]
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,18 @@ class BadImages:
       path: the list, one name a line, begun with the first bad image. What it holds from an
         earlier run stays and is not written again.
       max_bad_fraction: `config.data.max_bad_fraction`, of all images of the source.
+      writes: whether to keep the list; of several processes, all of which know it, one does.
     """
 
     shown = 5  # names in the message that ends a run
 
-    def __init__(self, source: Source, path: str | Path, max_bad_fraction: float):
+    def __init__(
+        self, source: Source, path: str | Path, max_bad_fraction: float, *, writes: bool = True
+    ):
         self.source = source
         self.path = Path(path)
         self.max_bad_fraction = max_bad_fraction
+        self.writes = writes
         self.names: dict[int, str] = {}  # of the bad images that this run has met
 
     def update(self, index: np.ndarray, weight: np.ndarray) -> list[str]:
@@ -40,7 +44,8 @@ class BadImages:
         if not new:
             return []
         self.names |= {i: _one_line(self.source.name(i)) for i in sorted(new)}
-        self._write()
+        if self.writes:
+            self._write()
         bad, whole = len(self.names), len(self.source)
         if bad > self.max_bad_fraction * whole:
             first = ', '.join(list(self.names.values())[: self.shown])
