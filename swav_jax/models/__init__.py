@@ -15,7 +15,7 @@ from swav_jax.models.conv import Conv
 from swav_jax.models.head import ACTIVATIONS, SwAVHead
 from swav_jax.models.norm import BatchNorm
 from swav_jax.models.regnet import RegNet
-from swav_jax.models.remat import recompute
+from swav_jax.models.remat import scan_passes
 from swav_jax.models.resnet import BLOCKS, ResNet, expansion, stem_width
 
 # Settings under config.model.trunk that a trunk reads, beside `name` and `stem`; a RegNet that goes
@@ -51,13 +51,16 @@ class SwAVNet(nn.Module):
           crops: per resolution, images (n_g·B, S_g, S_g, channels).
           train: use and record the batch's statistics (`mutable=['batch_stats']`).
           recompute_passes: of a trunk pass keep nothing but the result; the backward pass computes
-            it again, and thus holds the activations of one pass at a time.
+            it again, and thus holds the activations of one pass at a time. Equal shapes are
+            compiled once.
 
         Returns:
           embeddings (V·B, D) with V = Σ n_g, and per prototype head scores (V·B, K).
         """
-        trunk_pass = recompute(lambda trunk, images: trunk(images, train), recompute_passes)
-        features = jnp.concatenate([trunk_pass(self.trunk, images) for images in crops])
+        if recompute_passes:
+            features = jnp.concatenate(scan_passes(self.trunk, crops, train))
+        else:
+            features = jnp.concatenate([self.trunk(images, train) for images in crops])
         return self.head(features, train)
 
     def features(self, images: jax.Array) -> jax.Array:

@@ -1,9 +1,11 @@
 """What the backward pass computes again instead of keeping (Chen et al., 2016, 1604.06174)."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 REMAT = ('none', 'block', 'stage')
 
@@ -33,3 +35,20 @@ def run_stage(
         return x
 
     return recompute(run_blocks, trunk.remat == 'stage')(trunk, x)
+
+
+def scan_passes(trunk: nn.Module, crops: Sequence[jax.Array], train: bool) -> list[jax.Array]:
+    """Features of each pass, of which nothing else is kept; a loop over those of equal shape."""
+
+    def run_pass(trunk, images):
+        return trunk(images, train)
+
+    def body(trunk, carry, images):
+        return carry, recompute(run_pass, True)(trunk, images)
+
+    loop = nn.scan(body, variable_broadcast='params', variable_carry='batch_stats')
+    features = []
+    for _, run in itertools.groupby(crops, key=lambda images: images.shape):
+        _, found = loop(trunk, (), jnp.stack(list(run)))
+        features.extend(found)
+    return features
