@@ -100,13 +100,16 @@ class Checkpoints:
                 ),
             )
 
-    def restore(self, like: Any) -> tuple[Any, dict] | None:
+    def restore(
+        self, like: Any, accept: Callable[[dict], None] = lambda metadata: None
+    ) -> tuple[Any, dict] | None:
         """Read the newest checkpoint that loads; damaged ones are named in the log.
 
         Args:
             like: the state's pytree, of arrays or `jax.ShapeDtypeStruct`. Their shardings say where
                 the arrays go (the first device where there is none), which may be another number
                 of devices than the run had that saved them.
+            accept: is shown the metadata before the arrays, and may raise a UserError.
 
         Returns:
             The state and the metadata that were saved, or None where no checkpoint is.
@@ -116,8 +119,9 @@ class Checkpoints:
         """
         wanted = jax.tree.map(_placed, like)
 
-        def arguments(step, saved):
-            self._check_fit(step, saved, wanted)
+        def arguments(step, content):
+            accept(content['metadata'])
+            self._check_fit(step, content['arrays'], wanted)
             return ocp.args.StandardRestore(wanted)
 
         found = self._newest_that_loads(ocp.StandardCheckpointHandler, arguments)
@@ -144,7 +148,8 @@ class Checkpoints:
             steps = f'only of {", ".join(map(str, have))}' if have else 'it is empty'
             raise UserError(f'{self._directory} does not hold {wanted}, {steps}')
 
-        def arguments(step, saved):
+        def arguments(step, content):
+            saved = content['arrays']
             wanted = _nested({n: x for n, x in saved.items() if n.partition('/')[0] in parts})
             return ocp.args.PyTreeRestore(
                 wanted,
@@ -166,6 +171,14 @@ class Checkpoints:
             ValueError: it is not what was written.
         """
         return self._content(step)['metadata']
+
+    def arrays(self, step: int) -> dict[str, dict]:
+        """Dtype, shape and digest of each array of a step's state, by its path.
+
+        Raises:
+            ValueError: they are not what was written.
+        """
+        return self._content(step)['arrays']
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk.
@@ -234,7 +247,7 @@ class Checkpoints:
         try:
             content = self._content(step)
             saved = content['arrays']
-            state = self._read(step, 'state', make_handler(), arguments(step, saved))
+            state = self._read(step, 'state', make_handler(), arguments(step, content))
         except (UserError, jax.errors.JaxRuntimeError):  # not the file's fault
             raise
         except Exception as error:  # a damaged file fails in as many ways as it has bytes

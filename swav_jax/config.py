@@ -111,6 +111,10 @@ def default() -> ConfigDict:
     config.train = ConfigDict()
     config.train.max_steps = 0  # stop after so many steps (0: when the epochs are done)
     config.train.log_every_steps = 10
+    config.train.on_nan = 'stop'  # 'skip': back to the last checkpoint, and past those batches
+    config.train.max_nan_skips = 3  # in a run; one more stops it
+    config.train.on_collapse = 'warn'  # 'stop': end the run
+    config.train.collapse_patience = 1000  # steps that look collapsed until it is said
     # VISSL's SINGLE_PASS_EVERY_CROP: each crop goes through the trunk alone, with BatchNorm
     # statistics of its own, and the backward pass holds the activations of one crop at a time.
     config.train.per_crop_pass = False
@@ -118,6 +122,7 @@ def default() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
     config.checkpoint.every_steps = 0  # also every so many steps (0: no)
+    config.checkpoint.every_minutes = 0.0  # also every so many minutes (0: no)
     config.checkpoint.keep = 2  # newest ones
     config.checkpoint.keep_every_epochs = 50  # kept for good (0: none)
 
@@ -238,6 +243,7 @@ def validate(config: ConfigDict) -> None:
         'augment.brightness',
         'augment.contrast',
         'augment.saturation',
+        'checkpoint.every_minutes',
     ):
         _check(config, path, lambda x: 0 <= x < math.inf, 'a number of 0 or more')
     for path in (
@@ -247,6 +253,7 @@ def validate(config: ConfigDict) -> None:
         'loss.num_iters',
         'optimizer.num_epochs',
         'train.log_every_steps',
+        'train.collapse_patience',
         'checkpoint.keep',
         'evaluate.k',
         'evaluate.size',
@@ -260,6 +267,7 @@ def validate(config: ConfigDict) -> None:
         'loss.queue.start_iter',
         'loss.temp_hard_assignment_iters',
         'train.max_steps',
+        'train.max_nan_skips',
         'checkpoint.every_epochs',
         'checkpoint.every_steps',
         'checkpoint.keep_every_epochs',
@@ -286,6 +294,8 @@ def validate(config: ConfigDict) -> None:
     _check(config, 'sharding', _is_one_of('replicated', 'zero'))
     _check(config, 'model.remat', _is_one_of('none', 'block', 'stage'))
     _check(config, 'optimizer.name', _is_one_of('sgd', 'lars'))
+    _check(config, 'train.on_nan', _is_one_of('stop', 'skip'))
+    _check(config, 'train.on_collapse', _is_one_of('warn', 'stop'))
     _check(
         config, 'data.source', bool, 'a source of images, as --config.data.source=folder:/images'
     )

@@ -111,6 +111,11 @@ def rows_of_all(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.concatenate(multihost_utils.process_allgather(x)) for x in arrays)
 
 
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    return max(map(int, _gather(str(number))))
+
+
 def _raise_first(problems: list[str]) -> None:
     for number, problem in enumerate(problems):
         if problem:

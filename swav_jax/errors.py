@@ -1,4 +1,19 @@
-"""What a user can mend: one line that names the setting, its value, what is allowed, what to do."""
+"""How a run can end other than well, each with its exit code.
+
+What a user can mend is one line that names the setting, its value, what is allowed, what to do.
+"""
+
+
+class RunFailedError(Exception):
+    """Not a number, or a collapse: `main` prints it, without a stack trace, and exits with 3."""
+
+
+class StoppedError(Exception):
+    """A signal stopped the run after a checkpoint: `main` exits with 0, or with 4 after Ctrl-C."""
+
+    def __init__(self, step: int, by_user: bool):
+        super().__init__(f'stopped after step {step:,}; the same command goes on from there')
+        self.by_user = by_user
 
 
 class UserError(Exception):

@@ -12,12 +12,16 @@
   --plan     say what the run will take and exit: batch, steps, learning rate, memory, FLOPs, bytes
              sent, host cores, with warnings. --replicas=64 plans for other devices than are here,
              --images_per_second=6000 for so fast an input.
+  --force    go on with a run although the model, the optimizer or the data have changed.
   --help     this page and, with --config, every setting with its value.
 
   --config.data.source=folder:/imagenet/train --config.data.batchsize_per_replica=64
              set single settings of the file.
 
-Exit codes: 0 done, 2 something to mend, said in one line.
+SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and end the run; a Ctrl-C after that ends it at once.
+
+Exit codes: 0 done, or stopped by SIGTERM or SIGUSR1 with a checkpoint; 2 something to mend, said in
+one line; 3 not a number or a collapse; 4 stopped by Ctrl-C with a checkpoint.
 """
 
 import difflib
@@ -31,8 +35,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from swav_jax import config as settings
-from swav_jax.errors import SaidElsewhereError, UserError
+from swav_jax.errors import RunFailedError, SaidElsewhereError, StoppedError, UserError
 from swav_jax.host_memory import keep_freed_memory
+from swav_jax.signals import Signals
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
@@ -52,6 +57,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_bool('plan', False, 'Say what the run will take.', flag_values=values)
     flags.DEFINE_integer('replicas', 0, 'Devices to plan for.', 0, flag_values=values)
     flags.DEFINE_float('images_per_second', 1000, 'Planned input.', 1, flag_values=values)
+    flags.DEFINE_bool('force', False, 'Go on all the same.', flag_values=values)
     flags.DEFINE_bool('help', False, 'Explain.', short_name='h', flag_values=values)
     try:
         extra = values(argv)[1:]
@@ -131,22 +137,29 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return _tell(error)
     keep_freed_memory()
-    if not _is_distributed(values):
-        return _train(values)
-    return _train_with_others(values)
+    with Signals() as signals:
+        if not _is_distributed(values):
+            return _train(values, signals)
+        return _train_with_others(values, signals)
 
 
-def _train(values: flags.FlagValues) -> int:
+def _train(values: flags.FlagValues, signals: Signals) -> int:
     try:
         from swav_jax import train  # late, so that --help and mistakes in flags answer at once
 
-        train.run(values.config, values.workdir)
+        train.run(values.config, values.workdir, signals=signals, force=values.force)
     except UserError as error:
         return _tell(error)
+    except RunFailedError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 3
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        return 4 if stopped.by_user else 0
     return 0
 
 
-def _train_with_others(values: flags.FlagValues) -> int:
+def _train_with_others(values: flags.FlagValues, signals: Signals) -> int:
     """Join the other processes and train; does not return where something fails.
 
     At a regular exit JAX would wait minutes for the other processes, which may wait for this one.
@@ -155,7 +168,7 @@ def _train_with_others(values: flags.FlagValues) -> int:
 
     try:
         distributed.join(values.coordinator, values.num_processes, values.process_id)
-        code = _train(values)
+        code = _train(values, signals)
     except UserError as error:
         code = _tell(error)
     except Exception as error:

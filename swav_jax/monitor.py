@@ -130,7 +130,7 @@ class Monitor:
         if self._writes:
             _append(self._metrics, row)
             for name, value in row.items():
-                if name != 'step':
+                if name != 'step' and math.isfinite(value):
                     self._tensorboard.add_scalar(name, value, row['step'])
             self._line.tell(row['step'], _sentence(row, self._total_steps, self._left(row)))
             self._warn_of_waiting(row)

@@ -27,7 +27,7 @@ SHARDINGS = ('replicated', 'zero')
 class TrainState:
     """All that a step reads and writes; float32 whatever the compute dtype."""
 
-    step: jax.Array  # () int32, steps done
+    step: jax.Array  # () int32, steps done; its complement, below 0, once one was not finite
     params: Any
     batch_stats: Any
     opt_state: Any

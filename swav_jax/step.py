@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from swav_jax import augment, swav
 from swav_jax.mesh import AXES, BATCH, CROPS
 from swav_jax.models import SwAVNet, head
-from swav_jax.precision import all_finite
+from swav_jax.precision import MIN_SCALE, all_finite
 from swav_jax.state import Layout, TrainState
 
 
@@ -44,12 +44,17 @@ def make_train_step(
 
     Returns:
       A function of (state, batch), which donates the state. The batch is that of `data.pipeline`,
-      split along axis 0. Metrics are scalars, the same on all replicas.
+      split along axis 0. Metrics are scalars, the same on all replicas: those of `update` and,
+      where processes have something to tell each other, the largest of a batch's `request` (B,)
+      int32.
     """
 
     def step(state, batch):
         crops = multi_crop(config, layout.mesh, batch)
-        return update(net, tx, config, layout, state, crops, batch['weight'])
+        new, metrics = update(net, tx, config, layout, state, crops, batch['weight'])
+        if 'request' in batch:
+            metrics['request'] = jnp.max(batch['request'])
+        return new, metrics
 
     metrics = NamedSharding(layout.mesh, P())
     return jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, metrics))
@@ -86,7 +91,9 @@ def update(
       weights: (B,) 1, or 0 for an image that must not count.
 
     Returns:
-      The next state, and metrics of the global batch: see `health` for those beside the loss.
+      The next state, and metrics of the global batch: `finite`, and those of `health`. A step that
+      is not finite changes nothing but the sign of `step`, and nor do those after it: the state
+      stays what it was before, for a dump.
     """
     specs = layout.specs
     learned = jax.shard_map(
@@ -104,13 +111,20 @@ def update(
     new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, queue=queue)
     metrics['grad_norm'] = optax.tree.norm(grads)
     metrics['update_norm'] = optax.tree.norm(updates)
+    overflow_is_usual = False
     if state.loss_scale is not None:
         finite = all_finite(grads)
         new = _choose(finite, new, state)
+        # An overflow halves the scale and is nothing unusual, unless the scale is 1 already.
+        overflow_is_usual = state.loss_scale.scale > MIN_SCALE
         new = new.replace(loss_scale=state.loss_scale.adjust(finite))
         metrics['loss_scale'] = state.loss_scale.scale
         metrics['overflows'] = new.loss_scale.overflows
-    return new.replace(step=state.step + 1), metrics
+    sound = jnp.isfinite(metrics['loss'])
+    sound &= jnp.isfinite(metrics['grad_norm'] + metrics['update_norm']) | overflow_is_usual
+    metrics['finite'] = sound & (state.step >= 0)
+    kept = state.replace(step=jnp.minimum(state.step, ~state.step))
+    return _choose(metrics['finite'], new.replace(step=state.step + 1), kept), metrics
 
 
 def learn(

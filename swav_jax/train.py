@@ -1,48 +1,92 @@
 """One run, from top to bottom: devices, data, state, resume, the loop, what it learned."""
 
+import contextlib
+import functools
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 import swav_jax
 from swav_jax import config as settings
-from swav_jax import distributed, optim
+from swav_jax import distributed, nan_dump, optim
 from swav_jax import mesh as meshes
 from swav_jax.checkpoint import Checkpoints
+from swav_jax.collapse import Collapse
 from swav_jax.data import pipeline, sources
 from swav_jax.data.bad_images import BadImages
-from swav_jax.errors import UserError
+from swav_jax.errors import RunFailedError, StoppedError, UserError
 from swav_jax.evaluate import report
 from swav_jax.evaluate.online import OnlineEvaluation, Results
 from swav_jax.initial_state import make_schedule, make_state, start_from
 from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
+from swav_jax.resume import check_config
+from swav_jax.signals import SAVE, STOP_FOR_USER, Interrupted, Signals
 from swav_jax.state import Layout
 from swav_jax.step import make_train_step
-from swav_jax.workdir import open_workdir, write_config
+from swav_jax.workdir import locked, open_workdir, write_config
 
 
-def run(config: ConfigDict, workdir: str | Path) -> Results:
+def run(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    signals: Signals | None = None,
+    force: bool = False,
+) -> Results:
     """Train as `config` says, or go on where the run in `workdir` stopped.
 
     Writes config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json and at the end the
-    page and the pictures of `evaluate.report` into `workdir`.
+    page and the pictures of `evaluate.report` into `workdir`; nan_dump/ where a step is not finite.
+
+    Args:
+      config: the settings.
+      workdir: the run's folder.
+      signals: entered; what it notes ends the run with a checkpoint.
+      force: go on also with a config that changes what was learned.
 
     Returns:
       The summary that is written to summary.json.
 
     Raises:
       UserError: a setting, the data or the folder cannot work.
+      RunFailedError: not a number, or a collapse.
+      StoppedError: a signal came; a checkpoint is saved.
     """
     distributed.check_same(config)
+    with contextlib.ExitStack() as stack:
+        with distributed.failing_together():
+            settings.validate(config)
+            check_float64(config)
+            workdir = open_workdir(workdir)
+            stack.enter_context(locked(workdir))
+        bad_batch = None
+        while True:
+            try:
+                return train(config, workdir, signals or Signals(), force, bad_batch)
+            except SkipBatches as skip:
+                bad_batch = skip.last
+
+
+def train(
+    config: ConfigDict, workdir: Path, signals: Signals, force: bool, bad_batch: int | None
+) -> Results:
+    """From the last checkpoint to the end, as `run` says.
+
+    Args:
+      config, workdir, signals, force: as in `run`.
+      bad_batch: leave out the batches from the last checkpoint to this one.
+
+    Raises:
+      SkipBatches: a step is not finite, and `config.train.on_nan` is 'skip'.
+    """
     with distributed.failing_together():
-        settings.validate(config)
-        check_float64(config)
-        workdir = open_workdir(workdir)
         mesh = meshes.make_mesh(config.model.sync_bn)
         source = sources.open_source(
             config.data.source,
@@ -60,13 +104,21 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         keep=config.checkpoint.keep,
         keep_every_steps=config.checkpoint.keep_every_epochs * sizes.steps_per_epoch,
     )
-    results: Results = {}
+
+    def accept(saved: dict[str, Any]) -> None:
+        if not force:
+            check_config(config, sizes.batch_size, saved)
+
+    notes = {'results': {}, 'evaluated': False, 'left_out': []}  # what a checkpoint carries, too
     with distributed.failing_together():
-        if (restored := checkpoints.restore(layout.whole())) is not None:
-            state, results = layout.spread(restored[0]), restored[1]['results']
+        if (restored := checkpoints.restore(layout.whole(), accept)) is not None:
+            state, notes = layout.spread(restored[0]), {key: restored[1][key] for key in notes}
         elif config.init_from:
             state = start_from(config, layout, state)
     first_step = int(state.step)
+    if bad_batch is not None:
+        notes['left_out'].append([batch_of_step(first_step + 1, notes['left_out']), bad_batch])
+    first_batch = batch_of_step(first_step + 1, notes['left_out'])
     write_config(config, workdir)
     monitor = Monitor(
         workdir,
@@ -77,54 +129,166 @@ def run(config: ConfigDict, workdir: str | Path) -> Results:
         log_every_steps=config.train.log_every_steps,
         num_prototypes=tuple(config.model.head.num_clusters),
     )
-    introduce(monitor, config, sizes, layout, first_step)
 
-    if first_step == 0:
-        untrained = evaluation.run(layout.gather(state))
-        results = {f'{name}_untrained': value for name, value in untrained.items()}
-        monitor.events(results, step=0)
-
-    train_step = make_train_step(net, tx, config, layout)
-    batches = pipeline.train_batches(
-        source,
-        config.data,
-        seed=config.seed,
-        global_batch=sizes.batch_size,
-        first_step=first_step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    bad_images = BadImages(
-        source,
-        workdir / 'bad_images.txt',
-        config.data.max_bad_fraction,
-        writes=jax.process_index() == 0,
-    )
-    metrics = seen = None
-    for step in range(first_step + 1, sizes.last_step + 1):
-        batch, data_wait = fetch(batches, metrics)
-        lr = schedule(optim.updates_made(state.opt_state))
-        previous, (state, metrics) = metrics, train_step(state, put_batch(mesh, batch))
-        # One step computes while the next is queued; a longer queue would only hold more batches.
-        jax.block_until_ready(previous)
-        note_bad_images(bad_images, seen, previous, monitor)
-        seen = batch
-        monitor.record(step, metrics | {'lr': lr}, data_wait)
-        if is_due(step, config.evaluate, sizes):
+    def evaluate(step: int) -> None:
+        notes['evaluated'] = False
+        # Several processes evaluate together, and none may leave the others waiting.
+        alone = jax.process_count() == 1
+        with signals.interruptible() if alone else contextlib.nullcontext():
             learned = evaluation.run(layout.gather(state))
-            results |= learned
-            monitor.events(learned, step=step)
-        if is_due(step, config.checkpoint, sizes):
+        if step == 0:
+            learned = {f'{name}_untrained': value for name, value in learned.items()}
+        notes['results'] |= learned
+        notes['evaluated'] = True
+        monitor.events(learned, step=step)
+
+    def save(step: int) -> None:
+        monitor.flush()
+        description = describe(config, sizes) | notes
+        checkpoints.save(step, layout.gather(state), description)
+
+    def stop(step: int, request: int) -> None:
+        save(step)
+        checkpoints.close()
+        raise StoppedError(step, by_user=request == STOP_FOR_USER)
+
+    with monitor:
+        introduce(monitor, config, sizes, layout, first_step, notes['left_out'])
+        if not notes['evaluated']:
+            with contextlib.suppress(Interrupted):
+                evaluate(first_step)
+        if request := distributed.largest(signals.request):
+            stop(first_step, request)
+
+        train_step = make_train_step(net, tx, config, layout)
+        read = functools.partial(
+            pipeline.train_batches,
+            source,
+            config.data,
+            seed=config.seed,
+            global_batch=sizes.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        batches = read(first_step=first_batch)
+        bad_images = BadImages(
+            source,
+            workdir / 'bad_images.txt',
+            config.data.max_bad_fraction,
+            writes=jax.process_index() == 0,
+        )
+        collapse = Collapse(config)
+        last_save = time.monotonic()
+        metrics = seen = None
+
+        def check(step: int, metrics: dict[str, jax.Array] | None) -> int:
+            """Wait for a step; what any process asked for. One that is not finite raises."""
+            found = told(metrics)
+            if found['finite']:
+                return int(found['request'])
             monitor.flush()
-            checkpoints.save(step, layout.gather(state), describe(config, results))
-    note_bad_images(bad_images, seen, metrics, monitor)
-    checkpoints.close()
-    summary = monitor.finish(results)
-    found = evaluation.look(layout.gather(state), evaluation.test)
-    if jax.process_index() == 0:
-        report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
-        monitor.say(f'look at {workdir}/report.html')
+            bad = batch_of_step(step, notes['left_out'])
+            batch = put_batch(mesh, next(read(first_step=bad)))
+            about = describe(config, sizes) | {'step': step, 'batch': bad}
+            folder = nan_dump.write(workdir, net, config, layout, state, batch, about)
+            checkpoints.close()
+            after_nan(config, folder, step, bad, len(notes['left_out']))
+
+        for step in range(first_step + 1, sizes.last_step + 1):
+            batch, data_wait = fetch(batches, metrics)
+            wanted = signals.request
+            if not wanted and is_time(config, last_save):
+                wanted, last_save = SAVE, time.monotonic()
+            batch['request'] = np.full(len(batch['index']), wanted, np.int32)
+            lr = schedule(optim.updates_made(state.opt_state))
+            previous, (state, metrics) = metrics, train_step(state, put_batch(mesh, batch))
+            # One step computes while the next is queued; a longer queue would hold more batches.
+            request = check(step - 1, previous)
+            note_bad_images(bad_images, seen, previous, monitor)
+            seen = batch
+            row = monitor.record(step, shown(metrics) | {'lr': lr}, data_wait)
+            if warning := collapse.look(row):
+                monitor.say(warning)
+            if is_due(step, config.evaluate, sizes):
+                try:
+                    check(step, metrics)
+                    evaluate(step)
+                except Interrupted:
+                    request = signals.request
+            if request or is_due(step, config.checkpoint, sizes):
+                check(step, metrics)
+                if (request > SAVE and step < sizes.last_step) or not notes['evaluated']:
+                    stop(step, request)
+                save(step)
+                last_save = time.monotonic()
+        note_bad_images(bad_images, seen, metrics, monitor)
+        checkpoints.close()
+        summary = monitor.finish(notes['results'])
+        found = evaluation.look(layout.gather(state), evaluation.test)
+        if jax.process_index() == 0:
+            report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
+            monitor.say(f'look at {workdir}/report.html')
     return summary
+
+
+class SkipBatches(Exception):
+    """Training goes on from the last checkpoint, and past batch `last`."""
+
+    def __init__(self, last: int):
+        super().__init__(last)
+        self.last = last
+
+
+def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: int) -> None:
+    """End the run, or begin again without the batches that led here.
+
+    Raises:
+      SkipBatches: `config.train.on_nan` is 'skip', and not too often did it.
+      RunFailedError: otherwise.
+    """
+    text = f'step {step:,} is not finite; python -m swav_jax.replay {folder} shows it again'
+    most = config.train.max_nan_skips
+    if config.train.on_nan == 'skip' and skips < most:
+        if jax.process_index() == 0:
+            print(f'{text}. Leaving out the batches since the last checkpoint', file=sys.stderr)
+        raise SkipBatches(batch)
+    if config.train.on_nan == 'skip':
+        text += f'. Batches were left out config.train.max_nan_skips={most} times already'
+    raise RunFailedError(
+        f'{text}. A lower learning rate (config.optimizer.param_schedulers.lr), a longer warm-up, '
+        "config.precision='bfloat16' instead of float16 or config.train.on_nan='skip' may help"
+    )
+
+
+def batch_of_step(step: int, left_out: list[list[int]]) -> int:
+    """Number of the batch, from 0, that a step after all those `left_out` reads.
+
+    Args:
+      step: counted from 1.
+      left_out: (first, last) of each run of batches that were passed over.
+    """
+    return step - 1 + sum(last - first + 1 for first, last in left_out)
+
+
+def told(metrics: dict[str, jax.Array] | None) -> dict[str, Any]:
+    """What a step says to the loop, once it is done: `finite` and `request`."""
+    if metrics is None:
+        return {'finite': True, 'request': 0}
+    jax.block_until_ready(metrics)
+    return jax.device_get({name: metrics[name] for name in ('finite', 'request')})
+
+
+def shown(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The metrics that are for people."""
+    return {name: x for name, x in metrics.items() if name not in ('finite', 'request')}
+
+
+def is_time(config: ConfigDict, last_save: float) -> bool:
+    """Whether a checkpoint is due by the clock, which is that of process 0."""
+    minutes = config.checkpoint.every_minutes
+    return (
+        bool(minutes) and jax.process_index() == 0 and time.monotonic() - last_save > 60 * minutes
+    )
 
 
 def check_float64(config: ConfigDict) -> None:
@@ -144,12 +308,12 @@ def check_float64(config: ConfigDict) -> None:
             )
 
 
-def describe(config: ConfigDict, results: Results) -> dict[str, Any]:
-    """What a checkpoint carries beside the state."""
+def describe(config: ConfigDict, sizes: settings.Sizes) -> dict[str, Any]:
+    """What a checkpoint says of the run that made it."""
     return {
         'config': settings.to_dict(config),
         'version': swav_jax.__version__,
-        'results': results,
+        'global_batch': sizes.batch_size,
     }
 
 
@@ -211,6 +375,7 @@ def introduce(
     sizes: settings.Sizes,
     layout: Layout,
     first_step: int,
+    left_out: list[list[int]],
 ) -> None:
     """Say in a few lines what is about to run."""
     count = sum(x.size for x in jax.tree.leaves(layout.whole().params))
@@ -240,3 +405,7 @@ def introduce(
         )
     if first_step:
         monitor.say(f'going on from step {first_step:,}')
+    for first, last in left_out:
+        monitor.say(
+            f'without batches {first:,} to {last:,}, which led to a step that is not finite'
+        )

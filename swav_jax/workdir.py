@@ -1,7 +1,13 @@
 """The folder of a run."""
 
+import contextlib
+import errno
+import fcntl
 import json
+import os
+import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,6 +34,36 @@ def open_workdir(workdir: str | Path) -> Path:
             f'--workdir={workdir} cannot be written ({error.strerror}): name another folder'
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; process 0 does, for all.
+
+    The kernel holds the lock and drops it when the process ends, however it ends, so that the file
+    `lock` that is left behind locks nothing. Its text only says who holds the lock.
+
+    Raises:
+      UserError: a living run holds it.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    with (workdir / 'lock').open('a+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Some network file systems have no locks: better to train without than not at all.
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                file.seek(0)
+                raise UserError(
+                    f'--workdir={workdir} is in use by {file.read() or "another run"}: wait for '
+                    'it, stop it, or name another folder'
+                ) from error
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        yield
 
 
 def write_config(config: ConfigDict, workdir: Path) -> None:

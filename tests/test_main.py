@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from PIL import Image
 from swav_jax.main import main
 
 ROOT = Path(__file__).parent.parent
+
+COMPILED = tempfile.TemporaryDirectory()
 
 TINY = (
     '--config.data.batchsize_per_replica=4',
@@ -43,8 +46,13 @@ def command(workdir, *flags, config='configs/demo.py'):
 
 
 def environment():
-    """One CPU device, and no warning that a user would have to see."""
-    return os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+    """One CPU device, and what other tests compiled."""
+    return os.environ | {
+        'XLA_FLAGS': '',
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_COMPILATION_CACHE_DIR': COMPILED.name,
+        'PYTHONPATH': str(ROOT),
+    }
 
 
 def run(workdir, *flags, **kwargs):
@@ -174,6 +182,26 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
         ('DEMO --config.model.temp_frozen_params_iter_map=(("protos",5),)', "'protos' fits none"),
         ('DEMO --config.model.sync_bn.group_size=3', 'does not divide the 8 devices'),
         ('DEMO --config.evaluate.test_source=demo:tset', 'config.evaluate.test_source'),
+        ('DEMO --forse', 'Did you mean: force'),
+        ('DEMO --force=maybe', 'force'),
+        ('DEMO --config.train.on_nan=ignore', 'one of stop, skip'),
+        ('DEMO --config.train.on_collapse=die', 'one of warn, stop'),
+        ('DEMO --config.train.max_nan_skips=-1', 'config.train.max_nan_skips=-1'),
+        ('DEMO --config.train.collapse_patience=0', 'config.train.collapse_patience=0'),
+        ('DEMO --config.train.max_steps=ten', '--config.train.max_steps=ten'),
+        ('DEMO --config.checkpoint.every_minutes=-1', 'config.checkpoint.every_minutes=-1'),
+        ('DEMO --config.checkpoint.every_steps=1.5', '--config.checkpoint.every_steps=1.5'),
+        ('DEMO --config.checkpoint.keep=0', 'config.checkpoint.keep=0: must be 1 or more'),
+        ('DEMO --config.seed=-1', 'config.seed=-1: must be 0 or more'),
+        ('DEMO --config.loss.epsilon=nan', 'config.loss.epsilon=nan'),
+        ('DEMO --config.loss.use_double_precision=perhaps', 'use_double_precision'),
+        ('DEMO --config.optimizer.momentum=1', 'from 0 to below 1'),
+        ('DEMO --config.optimizer.weight_decay=inf', 'config.optimizer.weight_decay=inf'),
+        ('DEMO --config.augment.hue=0.7', 'from 0 to 0.5'),
+        ('DEMO --config.data.max_bad_fraction=2', 'config.data.max_bad_fraction=2'),
+        ('DEMO --config.init_from=/none.pth', '/none.pth'),
+        ('R50 --config.data.source=webdataset:/none/{0..1}.tar', 'there is no shard /none/0.tar'),
+        ('R50 --config.data.source=tfds', 'name the data after the colon'),
         ('R50', 'config.data.source'),
         ('R50 --config.data.source=folder:/none', '/none'),
         ('R50 --config.data.source=floder:/none', 'floder'),

@@ -212,3 +212,23 @@ def test_metrics_of_a_collapse():
         bad_images=0,
     )
     assert {k: float(v) for k, v in found.items()} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize('precision', ['float32', 'float16'])
+def test_a_step_that_is_not_finite_changes_nothing_from_then_on(precision):
+    c = small_config(**{'model.trunk.width_multiplier': 0.0625, 'precision': precision})
+    layout, net, tx, state = start(c, 4, queue_batches=1)
+    update = make_update(c, layout, net, tx)
+    ones = np.ones(16, np.float32)
+    state, metrics = update(state, random_crops(c, 0), ones)
+    assert metrics['finite'] and int(state.step) == 1
+    before = jax.device_get(state)
+    crops = random_crops(c, 1)
+    crops[0][0, 3] = np.nan
+    state, metrics = update(state, crops, ones)
+    assert not metrics['finite'] and int(state.step) == ~1
+    state, metrics = update(state, random_crops(c, 2), ones)
+    assert not metrics['finite'], 'also where the next one would be sound'
+    expected, found = before.replace(step=~1), jax.device_get(state)
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_array_equal(x, y)

@@ -1,0 +1,166 @@
+"""Kill a run again and again, and show that nothing is lost.
+
+    python scripts/chaos.py --kills 20
+
+A small run (queue, float16 with its loss scale) is killed with SIGKILL at random moments: while it
+starts, between steps, and while it writes a checkpoint. It is started again each time, and in the
+end compared with a run that nobody killed. Exit code 0 if all of this held:
+
+- each start went on from the newest checkpoint, so that none failed to load and no step before it
+  was lost;
+- every step is on record once, with a loss that is the same to the last bit;
+- the last state is the same to the last bit.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from swav_jax.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parent.parent
+STEPS_A_KILL = 120
+PLACES = ('at the start', 'between steps', 'in a checkpoint')
+
+
+def command(workdir: Path, kills: int) -> list[str]:
+    """A run of tiny crops and a tiny network on embedded images."""
+    settings = {
+        'data.batchsize_per_replica': 4,
+        'data.limit': 40,
+        'data.num_crops': '(2,)',
+        'data.size_crops': '(16,)',
+        'data.crop_scales': '((0.4,1.0),)',
+        'model.trunk.width_multiplier': 1 / 32,
+        'model.head.dims': '(0,8,4)',
+        'model.head.num_clusters': '(5,)',
+        'loss.queue.queue_length': 16,
+        'precision': 'float16',
+        'optimizer.num_epochs': STEPS_A_KILL * (kills + 1) // 10,
+        'train.log_every_steps': 1,
+        'checkpoint.every_epochs': 0,
+        'checkpoint.every_steps': 5,
+        'evaluate.train_source': '',
+        'evaluate.test_source': '',
+    }
+    flags = [f'--config.{name}={value}' for name, value in settings.items()]
+    return [sys.executable, '-m', 'swav_jax.main', '--config=configs/demo.py',
+            f'--workdir={workdir}', *flags]  # fmt: skip
+
+
+def start(workdir: Path, kills: int, log: Path) -> subprocess.Popen:
+    """Begin a run or go on with it, in a process group of its own."""
+    environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'compiled'),
+        'XLA_FLAGS': '',
+        'PYTHONPATH': str(ROOT),
+    }
+    with log.open('w') as file:
+        return subprocess.Popen(
+            command(workdir, kills),
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+
+
+def newest(workdir: Path) -> int:
+    """Step of the newest checkpoint that has its final name; 0 without any."""
+    return max((int(p.name) for p in (workdir / 'checkpoints').glob('[0-9]*') if p.name.isdigit()),
+               default=0)  # fmt: skip
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, 0 if it is not there."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def wait_for(place: str, run: subprocess.Popen, workdir: Path, rng: random.Random) -> None:
+    """Wait until the run is where it shall be killed, or has ended."""
+    if place == 'at the start':
+        time.sleep(rng.uniform(0, 12))
+        return
+    metrics = workdir / 'metrics.jsonl'
+    before = size(metrics)
+    while run.poll() is None and size(metrics) in (before, 0):
+        before = min(before, size(metrics))  # a start drops the rows after its checkpoint
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 1))
+    if place == 'in a checkpoint':
+        folder = workdir / 'checkpoints'
+        while run.poll() is None and not any(folder.glob('*.orbax-checkpoint-tmp*')):
+            pass
+
+
+def rows(workdir: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, loss scale) of every row."""
+    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+    return [(row['step'], row['loss'], row['loss_scale']) for row in lines]
+
+
+def digests(workdir: Path) -> dict[str, dict]:
+    """Digests of the last state, read anew."""
+    checkpoints = Checkpoints(workdir / 'checkpoints')
+    found = checkpoints.arrays(newest(workdir))
+    checkpoints.close()
+    return found
+
+
+def chaos(folder: Path, kills: int, seed: int) -> None:
+    """Do what the module says.
+
+    Raises:
+      AssertionError: something was lost.
+    """
+    rng = random.Random(seed)
+    whole, killed, log = folder / 'whole', folder / 'killed', folder / 'log'
+    assert start(whole, kills, log).wait() == 0, log.read_text()
+    print(f'unbroken: {rows(whole)[-1][0]} steps', flush=True)
+
+    saved = 0
+    for number in range(kills + 1):
+        run = start(killed, kills, log)
+        place = PLACES[number % len(PLACES)]
+        if number < kills:
+            wait_for(place, run, killed, rng)
+            assert run.poll() is None, f'it ended before kill {number + 1}:\n{log.read_text()}'
+            os.killpg(run.pid, signal.SIGKILL)
+        code = run.wait()
+        text = log.read_text()
+        assert 'damaged' not in text and 'Traceback' not in text, text
+        found = re.search('going on from step ([0-9,]+)', text)
+        began = int(found[1].replace(',', '')) if found else 0
+        if found or number == kills:
+            assert began == saved, f'it went on from {began}, not from checkpoint {saved}:\n{text}'
+        assert newest(killed) >= saved, 'a checkpoint is gone'
+        saved = newest(killed)
+        what = f'kill {number + 1:2}, {place}' if number < kills else f'ended with {code}'
+        print(f'{what}: began at step {began}, newest checkpoint {saved}', flush=True)
+    assert code == 0, text
+
+    expected, found = rows(whole), rows(killed)
+    assert found == expected, 'steps, losses or loss scales differ'
+    assert digests(killed) == digests(whole), 'the last states differ'
+    print(f'{kills} kills; {len(found)} losses and {len(digests(whole))} arrays identical')
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--kills', type=int, default=20)
+    parser.add_argument('--seed', type=int, default=0, help='of the random moments')
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        chaos(Path(temporary), arguments.kills, arguments.seed)

@@ -1,0 +1,104 @@
+"""What is known of a step that was not finite: enough to make it again, and to look at it."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from swav_jax import swav
+from swav_jax.checkpoint import Checkpoints
+from swav_jax.mesh import AXES, BATCH, CROPS
+from swav_jax.models import SwAVNet, head
+from swav_jax.state import Layout, TrainState
+from swav_jax.step import forward, loss_settings, multi_crop
+
+MOST_CROPPED = 64  # images whose crops are written: the others' come from the images again
+
+
+def write(
+    workdir: Path,
+    net: SwAVNet,
+    config: ConfigDict,
+    layout: Layout,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    about: dict[str, Any],
+) -> Path:
+    """Write `nan_dump/` into the folder of the run; returns its path. All processes call it.
+
+    It holds about.json; arrays.npz with `index` (B,), `weight` (B,), `embeddings` (V, B, D), of
+    each head `scores0` (V, B, K) and `codes0` (A, B, K), and of each group `crops0` (n, 64, S, S,
+    channels); and state/, a checkpoint of the state before the step.
+
+    Args:
+      workdir: the run's folder.
+      net, config, layout: as in `step.make_train_step`.
+      state: as the step left it, `step` below 0.
+      batch: the step's batch, on the mesh.
+      about: what replaying needs to know.
+    """
+    folder = workdir / 'nan_dump'
+    whole = layout.gather(state)
+    whole = whole.replace(step=jax.jit(lambda step: ~step)(whole.step))
+    arrays = {'index': batch['index'], 'weight': batch['weight']}
+    arrays |= jax.jit(functools.partial(_look, net, config, layout))(state, batch)
+    arrays = {name: _everywhere(x) for name, x in arrays.items()}
+    if jax.process_index() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        np.savez(folder / 'arrays.npz', **arrays)
+        (folder / 'about.json').write_text(json.dumps(about, indent=2) + '\n')
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices('dump begun')
+    checkpoints = Checkpoints(folder / 'state')
+    checkpoints.save(about['step'] - 1, whole, about)
+    checkpoints.close()
+    return folder
+
+
+def _look(
+    net: SwAVNet, config: ConfigDict, layout: Layout, state: TrainState, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """What the step computed on its way."""
+    crops = multi_crop(config, layout.mesh, batch)
+
+    def look(state, crops, weights):
+        params, queue = layout.own(state.params), state.queue
+        (embeddings, scores), _ = forward(net, config, params, state.batch_stats, crops)
+        old_scores = queue and head.prototype_scores(params['head'], queue.embeddings)
+        hard = ~state.step < config.loss.temp_hard_assignment_iters
+        _, codes = swav.swav_loss(
+            scores,
+            old_scores,
+            queue,
+            weights,
+            hard_assignment=hard,
+            axis_names=AXES,
+            **loss_settings(config),
+        )
+        found = {'embeddings': embeddings}
+        found |= {f'scores{i}': x for i, x in enumerate(scores)}
+        found = {name: x.reshape(-1, len(weights), x.shape[-1]) for name, x in found.items()}
+        return found | {f'codes{i}': x for i, x in enumerate(codes)}
+
+    found = jax.shard_map(
+        look,
+        mesh=layout.mesh,
+        in_specs=(layout.specs.replace(opt_state=None), CROPS, BATCH),
+        out_specs=P(None, AXES),
+    )(state.replace(opt_state=None), crops, batch['weight'])
+    return found | {f'crops{i}': x[:, :MOST_CROPPED] for i, x in enumerate(crops)}
+
+
+def _everywhere(x: jax.Array) -> np.ndarray:
+    """A whole array in every process."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)

@@ -1,0 +1,87 @@
+"""Signals that end a run in good order: a scheduler's SIGTERM and SIGUSR1, and Ctrl-C.
+
+They are blocked in all threads, and one thread waits for them. A long compilation then delays
+nothing, and the handler that JAX installs for SIGTERM between several processes takes none away.
+"""
+
+import _thread
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+# What a process asks of all: it travels with the batch, and the largest number counts.
+SAVE, STOP, STOP_FOR_USER = 1, 2, 3
+CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """A signal came while `Signals.interruptible` was in force."""
+
+
+class Signals:
+    """Notes signals while it is entered, in the main thread; to be entered before others start.
+
+    Attributes:
+      request: 0, or what the first signal asks for: STOP or STOP_FOR_USER.
+    """
+
+    def __init__(self):
+        self.request = 0
+        self._interruptible = self._closing = False
+
+    def __enter__(self) -> 'Signals':
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, CAUGHT)
+        self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._thread = threading.Thread(target=self._wait, name='signals', daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing = True
+        signal.pthread_kill(self._thread.ident, signal.SIGUSR1)
+        self._thread.join()
+        signal.signal(signal.SIGINT, self._handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """What may be left undone: a signal ends it at once.
+
+        Raises:
+          Interrupted: a signal came, now or before.
+        """
+        self._interruptible = True
+        try:
+            if self.request:
+                raise Interrupted
+            yield
+        finally:
+            self._interruptible = False
+
+    def _interrupt(self, *_: object) -> None:
+        if self._interruptible:
+            self._interruptible = False
+            raise Interrupted
+
+    def _wait(self) -> None:
+        while True:
+            number = signal.sigwait(CAUGHT)
+            if self._closing:
+                return
+            if not self.request:
+                self.request = STOP_FOR_USER if number == signal.SIGINT else STOP
+                name = signal.Signals(number).name
+                _say(f'{name}: saving after this step; Ctrl-C ends the run at once, unsaved')
+                if self._interruptible:
+                    _thread.interrupt_main()
+            elif number == signal.SIGINT:
+                _say('stopped at once')
+                os._exit(128 + signal.SIGINT)
+
+
+def _say(text: str) -> None:
+    show_cursor = '\x1b[?25h' if sys.stderr.isatty() else ''
+    os.write(2, f'{show_cursor}{text}\n'.encode())
