@@ -13,7 +13,6 @@ end compared with a run that nobody killed. Exit code 0 if all of this held:
 """
 
 import argparse
-import json
 import os
 import random
 import re
@@ -25,6 +24,7 @@ import time
 from pathlib import Path
 
 from swav_jax.checkpoint import Checkpoints
+from swav_jax.monitor import read_rows
 
 ROOT = Path(__file__).parent.parent
 STEPS_A_KILL = 120
@@ -81,32 +81,34 @@ def newest(workdir: Path) -> int:
                default=0)  # fmt: skip
 
 
-def size(path: Path) -> int:
-    """Bytes of a file, 0 if it is not there."""
-    return path.stat().st_size if path.exists() else 0
+def wait_for(place: str, run: subprocess.Popen, folder: Path, log: Path, target: int) -> None:
+    """Wait until the run is where it shall be killed, or has ended.
 
-
-def wait_for(place: str, run: subprocess.Popen, workdir: Path, rng: random.Random) -> None:
-    """Wait until the run is where it shall be killed, or has ended."""
+    Args:
+      place: one of `PLACES`.
+      run: the process.
+      folder: its workdir.
+      log: what it printed.
+      target: steps that shall be made before, unless it is killed at the start.
+    """
     if place == 'at the start':
-        time.sleep(rng.uniform(0, 12))
+        time.sleep(random.uniform(0, 12))
         return
-    metrics = workdir / 'metrics.jsonl'
-    before = size(metrics)
-    while run.poll() is None and size(metrics) in (before, 0):
-        before = min(before, size(metrics))  # a start drops the rows after its checkpoint
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, 1))
+    # A start drops the rows after its checkpoint before it says what it is about to do.
+    while run.poll() is None and ('an epoch' not in log.read_text() or len(rows(folder)) < target):
+        time.sleep(0.05)
     if place == 'in a checkpoint':
-        folder = workdir / 'checkpoints'
-        while run.poll() is None and not any(folder.glob('*.orbax-checkpoint-tmp*')):
+        writing = folder / 'checkpoints'
+        while run.poll() is None and not any(writing.glob('*.orbax-checkpoint-tmp*')):
             pass
 
 
 def rows(workdir: Path) -> list[tuple[int, float, float]]:
     """(step, loss, loss scale) of every row."""
-    lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-    return [(row['step'], row['loss'], row['loss_scale']) for row in lines]
+    return [
+        (row['step'], row['loss'], row['loss_scale'])
+        for row in read_rows(workdir / 'metrics.jsonl')
+    ]
 
 
 def digests(workdir: Path) -> dict[str, dict]:
@@ -123,7 +125,7 @@ def chaos(folder: Path, kills: int, seed: int) -> None:
     Raises:
       AssertionError: something was lost.
     """
-    rng = random.Random(seed)
+    random.seed(seed)
     whole, killed, log = folder / 'whole', folder / 'killed', folder / 'log'
     assert start(whole, kills, log).wait() == 0, log.read_text()
     print(f'unbroken: {rows(whole)[-1][0]} steps', flush=True)
@@ -133,7 +135,7 @@ def chaos(folder: Path, kills: int, seed: int) -> None:
         run = start(killed, kills, log)
         place = PLACES[number % len(PLACES)]
         if number < kills:
-            wait_for(place, run, killed, rng)
+            wait_for(place, run, killed, log, saved + random.randint(1, STEPS_A_KILL // 2))
             assert run.poll() is None, f'it ended before kill {number + 1}:\n{log.read_text()}'
             os.killpg(run.pid, signal.SIGKILL)
         code = run.wait()
