@@ -1,188 +1,88 @@
 """Speed on this machine.
 
-    python scripts/benchmark.py input [--peer] [--images FOLDER] [--json FILE]
+    python scripts/benchmark.py {input,step,collectives,startup,all} [--peer] [--json FILE]
 
-`input` measures the input pipeline on one CPU core: images per second of that core, with the boxes
-of 2×224 + 6×96 crops. `--peer` also runs the official SwAV code's PIL and torchvision transforms on
-the same images; `ratio` is ours over the peer's. Both are counted in CPU time of the process, which
-other work on the machine does not change, and tf.data gets one thread and no background
-optimisation, so that nothing is computed before the clock starts.
+input        images per second of one CPU core, with the boxes of 2×224 + 6×96 crops; --peer: also
+             the official SwAV code's PIL and torchvision transforms on the same images
+step         a training step of ResNet-50 and RegNetY-400MF (2×224 + 6×96, 4 images; on a GPU 64,
+             in bfloat16) and ResNet-18 (2×64 + 4×32, 64 images), its parts, its largest memory;
+             --peer: PyTorch's twin (torch_twin.py), channels last, on a GPU autocast and compiled
+collectives  bytes that a ResNet-50's step sends, and the time of its collectives on these devices
+startup      compilation at a first and a second start, and --help
+
+Ours and the peer's run in turn, round after round, so that other work slows them alike; figures are
+medians. On a CPU both use all cores that the process may use: taskset restricts them. `ratio_…` is
+our time (or memory) over the peer's.
 """
 
 import argparse
-import itertools
 import json
 import os
-import random
-import resource
+import subprocess
+import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
-
-from swav_jax.config import default
-from swav_jax.data import sources
-
-HEIGHT, WIDTH = 375, 500  # the usual size in ImageNet
-BATCH = 64
-ROUNDS = 5
-PEER_IMAGES = 1000
+KINDS = ('input', 'step', 'collectives', 'startup')
 
 
 def main() -> None:
-    """Run the benchmark that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    kinds = parser.add_subparsers(dest='kind', required=True)
-    of_input = kinds.add_parser('input', help='the input pipeline on one CPU core')
-    of_input.add_argument('--peer', action='store_true', help="also the official code's transforms")
-    of_input.add_argument('--images', type=Path, help='a folder of images (default: generated)')
-    of_input.add_argument('--batches', type=int, default=500, help=f'of {BATCH} images')
-    of_input.add_argument('--json', type=Path, help='where to write the figures')
-    flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure_input(flags.images or write_photos(Path(folder)), flags)
-    for key, value in results.items():
-        print(f'{key:>24}  {value:,.2f}' if isinstance(value, float) else f'{key:>24}  {value}')
-    if flags.json:
-        flags.json.write_text(json.dumps(results, indent=2) + '\n')
-
-
-def measure_input(folder: Path, flags: argparse.Namespace) -> dict[str, float | int | str]:
-    """Images per second of one core, ours and the peer's, and how far memory grew."""
-    if hasattr(os, 'sched_setaffinity'):  # not on macOS; CPU time counts there as well
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    source = sources.open_source(f'folder:{folder}', channels=3)
-    ours, peer, memory = Rate(), Rate(), []
-    if flags.peer:
-        import torchvision  # noqa: F401 (now: it cannot be loaded once TensorFlow is there)
-    for _ in range(ROUNDS):  # in turns, so that other work on the machine slows both alike
-        ours.measure(our_batches(source), flags.batches // ROUNDS, rows=BATCH, warm_up=3)
-        memory.append(resident_megabytes())
-        if flags.peer:
-            peer.measure(peer_images(source), PEER_IMAGES // ROUNDS, rows=1, warm_up=5)
-    results = {
-        'images_per_second': ours.images_per_second,
-        'batches': ours.images // BATCH,
-        'mean_file_kb': np.mean([len(source.read(i)) for i in range(len(source))]) / 1e3,
-        'memory_mb': memory[0],
-        'memory_growth_mb': memory[-1] - memory[0],
-    }
-    if flags.peer:
-        results['peer_images_per_second'] = peer.images_per_second
-        results['ratio'] = ours.images_per_second / peer.images_per_second
-    return results
-
-
-class Rate:
-    """Images that the process makes in one second of its CPU time."""
-
-    def __init__(self):
-        self.images, self.seconds = 0, 0.0
-
-    @property
-    def images_per_second(self) -> float:
-        """Over all measurements."""
-        return self.images / self.seconds
-
-    def measure(self, items: Iterator, count: int, rows: int, warm_up: int) -> None:
-        """Takes `count` items of `rows` images each, after some that warm up."""
-        for _ in itertools.islice(items, warm_up):
-            pass
-        start = time.process_time()
-        for _ in itertools.islice(items, count):
-            self.images += rows
-        self.seconds += time.process_time() - start
-
-
-def resident_megabytes() -> float:
-    """Largest memory of the process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def our_batches(source: sources.Source) -> Iterator:
-    """Batches of canvases and boxes, made by one thread."""
-    import tensorflow as tf
-
-    from swav_jax.data import pipeline
-
-    data = default().data
-    dataset = pipeline.train_dataset(source, data, seed=0, global_batch=BATCH, first_step=0)
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = 1
-    options.threading.max_intra_op_parallelism = 1
-    options.autotune.enabled = False
-    options.experimental_optimization.apply_default_optimizations = False
-    return dataset.with_options(options).as_numpy_iterator()
-
-
-def peer_images(source: sources.Source) -> Iterator[list]:
-    """All eight crops of one image after another, as facebookresearch/swav's dataset makes them."""
-    import torch
-    from torchvision import transforms
-
-    torch.set_num_threads(1)
-    data, augment = default().data, default().augment
-    jitter = transforms.ColorJitter(
-        augment.brightness, augment.contrast, augment.saturation, augment.hue
+    """Run what the command line names, print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def blur(image: Image.Image) -> Image.Image:
-        if random.random() >= augment.blur_p:
-            return image
-        radius = random.uniform(augment.blur_radius_min, augment.blur_radius_max)
-        return image.filter(ImageFilter.GaussianBlur(radius))
-
-    crops = []
-    for count, side, scale in zip(data.num_crops, data.size_crops, data.crop_scales, strict=True):
-        crop = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(side, scale=scale),
-                transforms.RandomHorizontalFlip(augment.flip_p),
-                transforms.RandomApply([jitter], augment.color_jitter_p),
-                transforms.RandomGrayscale(augment.grayscale_p),
-                blur,
-                transforms.ToTensor(),
-                transforms.Normalize(data.mean, data.std),
-            ]
-        )
-        crops += [crop] * count
-    for i in itertools.cycle(range(len(source))):
-        with Image.open(source.name(i)) as image:
-            image = image.convert('RGB')
-        yield [crop(image) for crop in crops]
+    parser.add_argument('kind', choices=(*KINDS, 'all'))
+    parser.add_argument('--peer', action='store_true', help='also the same in PyTorch')
+    parser.add_argument('--json', type=Path, help='where to write the figures')
+    parser.add_argument('--rounds', type=int, default=5, help='of each measurement')
+    parser.add_argument('--images', type=Path, help='input: a folder (default: generated)')
+    parser.add_argument('--batches', type=int, default=500, help='input: of 64 images')
+    parser.add_argument('--tasks', nargs='+', help='step: some of r50 r18 regnety_400mf')
+    args = parser.parse_args()
+    results = run_all(sys.argv[1:]) if args.kind == 'all' else run(args)
+    for key, value in results.items() if args.kind != 'all' else ():
+        print(f'{key:>36}  {value:,.4g}' if isinstance(value, float) else f'{key:>36}  {value}')
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + '\n')
 
 
-def write_photos(folder: Path, count: int = 256) -> Path:
-    """JPEGs as large and as hard to decode as photographs: clouds, sharp shapes, grain."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        layers = np.zeros((HEIGHT, WIDTH, 3))
-        for octave in range(2, 8):
-            noise = rng.normal(
-                size=(HEIGHT * 2**octave // 512 + 2, WIDTH * 2**octave // 512 + 2, 3)
-            )
-            noise += 2 * noise[..., :1]  # brightness varies more than colour
-            scaled = [
-                np.asarray(
-                    Image.fromarray(noise[..., c].astype(np.float32)).resize((WIDTH, HEIGHT))
-                )
-                for c in range(3)
-            ]
-            layers += np.stack(scaled, -1) * 2.0 ** (2 - octave) * 30
-        image = Image.fromarray((128 + layers).clip(0, 255).astype(np.uint8))
-        draw = ImageDraw.Draw(image)
-        for _ in range(12):
-            x, y = rng.integers(0, (WIDTH, HEIGHT))
-            width, height = rng.integers(5, 120, 2)
-            colour = tuple(int(c) for c in rng.integers(0, 256, 3))
-            draw.ellipse((x, y, x + width, y + height), fill=colour)
-        grain = rng.normal(0, 4, (HEIGHT, WIDTH, 1))
-        pixels = (np.asarray(image) + grain).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f'{i:04d}.jpg', quality=90)
-    return folder
+def run(args: argparse.Namespace) -> dict:
+    """The figures of one kind."""
+    if args.kind == 'input':
+        import benchmark_input
+
+        with tempfile.TemporaryDirectory() as folder:
+            images = args.images or benchmark_input.write_photos(Path(folder))
+            return benchmark_input.measure(images, args.peer, args.batches)
+    if args.kind == 'startup':
+        import benchmark_startup
+
+        return benchmark_startup.measure(args.rounds)
+    if args.kind == 'collectives':
+        import benchmark_collectives
+
+        return benchmark_collectives.measure(args.rounds)
+    if args.peer:
+        import torch  # noqa: F401 (now: both bring an OpenMP, and this order works)
+    from swav_jax.host_memory import keep_freed_memory
+
+    keep_freed_memory()  # as main does
+    import benchmark_step
+
+    return benchmark_step.measure(args.tasks or list(benchmark_step.TASKS), args.peer, args.rounds)
+
+
+def run_all(arguments: list[str]) -> dict:
+    """Every kind in a process of its own, so that none inherits another's threads or memory."""
+    results = {}
+    for kind in KINDS:
+        print(f'{kind}:', flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / 'figures.json'
+            command = [kind if a == 'all' else a for a in arguments] + [f'--json={file}']
+            subprocess.run([sys.executable, __file__, *command], check=True, env=os.environ)
+            results |= json.loads(file.read_text())
+    return results
 
 
 if __name__ == '__main__':
