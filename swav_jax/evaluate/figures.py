@@ -106,17 +106,17 @@ def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int)
 def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | None) -> Figure:
     """Points (N, 2) in the colours of their groups (N,); `names` of the groups, if to be told."""
     colors = matplotlib.colormaps['tab10' if groups.max() < 10 else 'tab20']
-    figure = Figure(figsize=(7, 6), layout='constrained')
+    figure = Figure(figsize=(5.5, 5.5), layout='constrained')  # its names are legible on a phone
     axes = figure.subplots()
     for group in np.unique(groups):
         x, y = points[groups == group].T
         name = names and names[group]
-        axes.scatter(x, y, s=12, color=colors(group % colors.N), linewidths=0, label=name)
+        axes.scatter(x, y, s=9, color=colors(group % colors.N), linewidths=0, label=name)
     axes.set_aspect('equal', 'datalim')
     axes.set_axis_off()
     if names:
         figure.legend(
-            loc='outside lower center', ncols=4, frameon=False, markerscale=2, fontsize=10
+            loc='outside lower center', ncols=3, frameon=False, markerscale=2, fontsize=10
         )
     return figure
 

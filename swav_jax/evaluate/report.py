@@ -236,8 +236,9 @@ def _prototypes(found: Features, source: Source) -> str:
     cards = []
     for item in gallery.prototypes(found, source, most=30, images=8):
         label = f' · {item["share"]:.0%} {item["label"]}' if 'label' in item else ''
+        count = '1 image' if item['size'] == 1 else f'{item["size"]:,} images'
         cards.append(
-            f'<div class="card"><div class="caption"><b>{item["size"]:,} images</b>{escape(label)} '
+            f'<div class="card"><div class="caption"><b>{count}</b>{escape(label)} '
             f'<span>prototype {item["prototype"]}</span></div>'
             f'<div class="strip">{"".join(_thumb(source, i) for i in item["nearest"])}</div></div>'
         )
