@@ -13,6 +13,7 @@
              sent, host cores, with warnings. --replicas=64 plans for other devices than are here,
              --images_per_second=6000 for so fast an input.
   --force    go on with a run although the model, the optimizer or the data have changed.
+  --profile=N  write a trace of N steps into RUN/profile, for TensorBoard or Perfetto.
   --help     this page and, with --config, every setting with its value.
 
   --config.data.source=folder:/imagenet/train --config.data.batchsize_per_replica=64
@@ -35,6 +36,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from swav_jax import config as settings
+from swav_jax import xla_settings
 from swav_jax.errors import RunFailedError, SaidElsewhereError, StoppedError, UserError
 from swav_jax.host_memory import keep_freed_memory
 from swav_jax.signals import Signals
@@ -57,6 +59,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_bool('plan', False, 'Say what the run will take.', flag_values=values)
     flags.DEFINE_integer('replicas', 0, 'Devices to plan for.', 0, flag_values=values)
     flags.DEFINE_float('images_per_second', 1000, 'Planned input.', 1, flag_values=values)
+    flags.DEFINE_integer('profile', 0, 'Steps to trace.', 0, flag_values=values)
     flags.DEFINE_bool('force', False, 'Go on all the same.', flag_values=values)
     flags.DEFINE_bool('help', False, 'Explain.', short_name='h', flag_values=values)
     try:
@@ -137,6 +140,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return _tell(error)
     keep_freed_memory()
+    xla_settings.set_defaults()
     with Signals() as signals:
         if not _is_distributed(values):
             return _train(values, signals)
@@ -147,7 +151,13 @@ def _train(values: flags.FlagValues, signals: Signals) -> int:
     try:
         from swav_jax import train  # late, so that --help and mistakes in flags answer at once
 
-        train.run(values.config, values.workdir, signals=signals, force=values.force)
+        train.run(
+            values.config,
+            values.workdir,
+            signals=signals,
+            force=values.force,
+            profile=values.profile,
+        )
     except UserError as error:
         return _tell(error)
     except RunFailedError as error:
@@ -156,7 +166,20 @@ def _train(values: flags.FlagValues, signals: Signals) -> int:
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return 4 if stopped.by_user else 0
+    except Exception as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        return _tell(UserError(_out_of_memory(values.config, error)))
     return 0
+
+
+def _out_of_memory(config: ConfigDict, error: Exception) -> str:
+    reason = str(error).strip().partition('\n')[0]
+    return (
+        f'the devices have too little memory ({reason}): lower config.data.batchsize_per_replica='
+        f"{config.data.batchsize_per_replica}, or use config.model.remat='block', "
+        "config.precision='bfloat16' or config.sharding='zero'; --plan says what each saves"
+    )
 
 
 def _train_with_others(values: flags.FlagValues, signals: Signals) -> int:

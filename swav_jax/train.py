@@ -26,6 +26,7 @@ from swav_jax.evaluate.online import OnlineEvaluation, Results
 from swav_jax.initial_state import make_schedule, make_state, start_from
 from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
+from swav_jax.profiling import Profile
 from swav_jax.resume import check_config
 from swav_jax.signals import SAVE, STOP_FOR_USER, Interrupted, Signals
 from swav_jax.state import Layout
@@ -39,6 +40,7 @@ def run(
     *,
     signals: Signals | None = None,
     force: bool = False,
+    profile: int = 0,
 ) -> Results:
     """Train as `config` says, or go on where the run in `workdir` stopped.
 
@@ -50,6 +52,7 @@ def run(
       workdir: the run's folder.
       signals: entered; what it notes ends the run with a checkpoint.
       force: go on also with a config that changes what was learned.
+      profile: steps to write a trace of, into profile/.
 
     Returns:
       The summary that is written to summary.json.
@@ -69,18 +72,23 @@ def run(
         bad_batch = None
         while True:
             try:
-                return train(config, workdir, signals or Signals(), force, bad_batch)
+                return train(config, workdir, signals or Signals(), force, profile, bad_batch)
             except SkipBatches as skip:
                 bad_batch = skip.last
 
 
 def train(
-    config: ConfigDict, workdir: Path, signals: Signals, force: bool, bad_batch: int | None
+    config: ConfigDict,
+    workdir: Path,
+    signals: Signals,
+    force: bool,
+    profile: int,
+    bad_batch: int | None,
 ) -> Results:
     """From the last checkpoint to the end, as `run` says.
 
     Args:
-      config, workdir, signals, force: as in `run`.
+      config, workdir, signals, force, profile: as in `run`.
       bad_batch: leave out the batches from the last checkpoint to this one.
 
     Raises:
@@ -152,7 +160,7 @@ def train(
         checkpoints.close()
         raise StoppedError(step, by_user=request == STOP_FOR_USER)
 
-    with monitor:
+    with monitor, Profile(workdir / 'profile', first_step, profile) as profiled:
         introduce(monitor, config, sizes, layout, first_step, notes['left_out'])
         if not notes['evaluated']:
             with contextlib.suppress(Interrupted):
@@ -200,8 +208,10 @@ def train(
             if not wanted and is_time(config, last_save):
                 wanted, last_save = SAVE, time.monotonic()
             batch['request'] = np.full(len(batch['index']), wanted, np.int32)
+            profiled.before(step)
             lr = schedule(optim.updates_made(state.opt_state))
             previous, (state, metrics) = metrics, train_step(state, put_batch(mesh, batch))
+            profiled.after(step, metrics)
             # One step computes while the next is queued; a longer queue would hold more batches.
             request = check(step - 1, previous)
             note_bad_images(bad_images, seen, previous, monitor)
