@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from swav_jax import config as settings
+from swav_jax import initial_state, models, optim, recipes, traced
 from swav_jax import mesh as meshes
-from swav_jax import models, optim, recipes
 from swav_jax.errors import UserError
 from swav_jax.step import make_train_step
 
