@@ -39,7 +39,13 @@ def command(workdir: Path, kills: int) -> list[str]:
         'data.num_crops': '(2,)',
         'data.size_crops': '(16,)',
         'data.crop_scales': '((0.4,1.0),)',
-        'model.trunk.width_multiplier': 1 / 32,
+        'model.trunk.name': 'regnet',
+        'model.trunk.depth': 1,
+        'model.trunk.w_0': 8,
+        'model.trunk.w_m': 2.0,
+        'model.trunk.group_width': 4,
+        'model.trunk.stem': 'imagenet',
+        'model.trunk.width_multiplier': 1.0,
         'model.head.dims': '(0,8,4)',
         'model.head.num_clusters': '(5,)',
         'loss.queue.queue_length': 16,
@@ -50,6 +56,7 @@ def command(workdir: Path, kills: int) -> list[str]:
         'checkpoint.every_steps': 5,
         'evaluate.train_source': '',
         'evaluate.test_source': '',
+        'evaluate.report': False,
     }
     flags = [f'--config.{name}={value}' for name, value in settings.items()]
     return [sys.executable, '-m', 'swav_jax.main', '--config=configs/demo.py',
@@ -92,7 +99,7 @@ def wait_for(place: str, run: subprocess.Popen, folder: Path, log: Path, target:
       target: steps that shall be made before, unless it is killed at the start.
     """
     if place == 'at the start':
-        time.sleep(random.uniform(0, 12))
+        time.sleep(random.uniform(0, 10))
         return
     # A start drops the rows after its checkpoint before it says what it is about to do.
     while run.poll() is None and ('an epoch' not in log.read_text() or len(rows(folder)) < target):

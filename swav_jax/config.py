@@ -135,6 +135,7 @@ def default() -> ConfigDict:
     config.evaluate.size = 224
     config.evaluate.resize = 256
     config.evaluate.batch_size = 256
+    config.evaluate.report = True  # write a page with pictures at the end of the run
     return config.lock()  # so that a misspelt name is an error and not a new setting
 
 

@@ -65,7 +65,8 @@ def replay(folder: Path) -> dict[str, float]:
     for name, count in not_finite(restored[0]).items():
         print(f'before the step: {count} numbers of {name} are not finite')
     step = make_train_step(net, tx, config, layout)
-    _, metrics = step(layout.spread(restored[0]), meshes.put_batch(mesh, batch))
+    _, metrics, news = step(layout.spread(restored[0]), meshes.put_batch(mesh, batch))
+    metrics['finite'] = news[0]
     return {name: float(x) for name, x in jax.device_get(metrics).items()}
 
 

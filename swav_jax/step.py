@@ -34,8 +34,10 @@ def loss_settings(config: Any) -> dict[str, Any]:
 
 def make_train_step(
     net: SwAVNet, tx: optax.GradientTransformation, config: Any, layout: Layout
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """The compiled step over the mesh: images and crop boxes in, the next state and metrics out.
+) -> Callable[
+    [TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array], jax.Array]
+]:
+    """The compiled step over the mesh: images and crop boxes in; state, metrics and news out.
 
     Args:
       net, tx: the network and the optimizer.
@@ -44,20 +46,22 @@ def make_train_step(
 
     Returns:
       A function of (state, batch), which donates the state. The batch is that of `data.pipeline`,
-      split along axis 0. Metrics are scalars, the same on all replicas: those of `update` and,
-      where processes have something to tell each other, the largest of a batch's `request` (B,)
-      int32.
+      split along axis 0. Metrics are the scalars of `update`, the same on all replicas. News is
+      what the loop has to know of every step, (3,) int32 to be fetched at once: whether the step
+      is finite, the largest of the batch's `request` (B,) int32 (0 without any), by which
+      processes tell each other something, and how many images are bad.
     """
 
     def step(state, batch):
         crops = multi_crop(config, layout.mesh, batch)
         new, metrics = update(net, tx, config, layout, state, crops, batch['weight'])
-        if 'request' in batch:
-            metrics['request'] = jnp.max(batch['request'])
-        return new, metrics
+        request = jnp.max(batch['request']) if 'request' in batch else 0
+        news = [metrics.pop('finite'), request, metrics['bad_images']]
+        return new, metrics, jnp.stack([jnp.asarray(x, jnp.int32) for x in news])
 
-    metrics = NamedSharding(layout.mesh, P())
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, metrics))
+    everywhere = NamedSharding(layout.mesh, P())
+    shardings = (layout.shardings, everywhere, everywhere)
+    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
 def multi_crop(config: Any, mesh: Mesh, batch: Mapping[str, jax.Array]) -> list[jax.Array]:

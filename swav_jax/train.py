@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +19,13 @@ from swav_jax.checkpoint import Checkpoints
 from swav_jax.collapse import Collapse
 from swav_jax.data import pipeline, sources
 from swav_jax.data.bad_images import BadImages
-from swav_jax.errors import RunFailedError, StoppedError, UserError
+from swav_jax.errors import StoppedError, UserError
 from swav_jax.evaluate import report
 from swav_jax.evaluate.online import OnlineEvaluation, Results
 from swav_jax.initial_state import make_schedule, make_state, start_from
 from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
+from swav_jax.nan_skip import SkipBatches, after_nan, batch_of_step
 from swav_jax.profiling import Profile
 from swav_jax.resume import check_config
 from swav_jax.signals import SAVE, STOP_FOR_USER, Interrupted, Signals
@@ -44,8 +44,9 @@ def run(
 ) -> Results:
     """Train as `config` says, or go on where the run in `workdir` stopped.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json and at the end the
-    page and the pictures of `evaluate.report` into `workdir`; nan_dump/ where a step is not finite.
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json and, with
+    `config.evaluate.report`, the page and the pictures of `evaluate.report` into `workdir`;
+    nan_dump/ where a step is not finite.
 
     Args:
       config: the settings.
@@ -187,13 +188,18 @@ def train(
         )
         collapse = Collapse(config)
         last_save = time.monotonic()
-        metrics = seen = None
+        learning_rate = jax.jit(schedule)
+        seen = news = None
 
-        def check(step: int, metrics: dict[str, jax.Array] | None) -> int:
+        def see_to(step: int, batch: pipeline.Batch | None, news: jax.Array | None) -> int:
             """Wait for a step; what any process asked for. One that is not finite raises."""
-            found = told(metrics)
-            if found['finite']:
-                return int(found['request'])
+            if news is None:
+                return 0
+            finite, request, bad = (int(x) for x in jax.device_get(news))
+            if finite:
+                if bad:
+                    note_bad_images(bad_images, batch, monitor)
+                return request
             monitor.flush()
             bad = batch_of_step(step, notes['left_out'])
             batch = put_batch(mesh, next(read(first_step=bad)))
@@ -203,94 +209,43 @@ def train(
             after_nan(config, folder, step, bad, len(notes['left_out']))
 
         for step in range(first_step + 1, sizes.last_step + 1):
-            batch, data_wait = fetch(batches, metrics)
+            batch, data_wait = fetch(batches, news)
             wanted = signals.request
             if not wanted and is_time(config, last_save):
                 wanted, last_save = SAVE, time.monotonic()
             batch['request'] = np.full(len(batch['index']), wanted, np.int32)
             profiled.before(step)
-            lr = schedule(optim.updates_made(state.opt_state))
-            previous, (state, metrics) = metrics, train_step(state, put_batch(mesh, batch))
+            lr = learning_rate(optim.updates_made(state.opt_state))
+            before = seen, news
+            state, metrics, news = train_step(state, put_batch(mesh, batch))
+            news.copy_to_host_async()
+            seen = {name: batch[name] for name in ('index', 'weight')}
             profiled.after(step, metrics)
             # One step computes while the next is queued; a longer queue would hold more batches.
-            request = check(step - 1, previous)
-            note_bad_images(bad_images, seen, previous, monitor)
-            seen = batch
-            row = monitor.record(step, shown(metrics) | {'lr': lr}, data_wait)
+            request = see_to(step - 1, *before)
+            row = monitor.record(step, metrics | {'lr': lr}, data_wait)
             if warning := collapse.look(row):
                 monitor.say(warning)
             if is_due(step, config.evaluate, sizes):
                 try:
-                    check(step, metrics)
+                    see_to(step, seen, news)
                     evaluate(step)
                 except Interrupted:
                     request = signals.request
             if request or is_due(step, config.checkpoint, sizes):
-                check(step, metrics)
+                see_to(step, seen, news)
                 if (request > SAVE and step < sizes.last_step) or not notes['evaluated']:
                     stop(step, request)
                 save(step)
                 last_save = time.monotonic()
-        note_bad_images(bad_images, seen, metrics, monitor)
         checkpoints.close()
         summary = monitor.finish(notes['results'])
-        found = evaluation.look(layout.gather(state), evaluation.test)
-        if jax.process_index() == 0:
-            report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
-            monitor.say(f'look at {workdir}/report.html')
+        if config.evaluate.report:
+            found = evaluation.look(layout.gather(state), evaluation.test)
+            if jax.process_index() == 0:
+                report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
+                monitor.say(f'look at {workdir}/report.html')
     return summary
-
-
-class SkipBatches(Exception):
-    """Training goes on from the last checkpoint, and past batch `last`."""
-
-    def __init__(self, last: int):
-        super().__init__(last)
-        self.last = last
-
-
-def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: int) -> None:
-    """End the run, or begin again without the batches that led here.
-
-    Raises:
-      SkipBatches: `config.train.on_nan` is 'skip', and not too often did it.
-      RunFailedError: otherwise.
-    """
-    text = f'step {step:,} is not finite; python -m swav_jax.replay {folder} shows it again'
-    most = config.train.max_nan_skips
-    if config.train.on_nan == 'skip' and skips < most:
-        if jax.process_index() == 0:
-            print(f'{text}. Leaving out the batches since the last checkpoint', file=sys.stderr)
-        raise SkipBatches(batch)
-    if config.train.on_nan == 'skip':
-        text += f'. Batches were left out config.train.max_nan_skips={most} times already'
-    raise RunFailedError(
-        f'{text}. A lower learning rate (config.optimizer.param_schedulers.lr), a longer warm-up, '
-        "config.precision='bfloat16' instead of float16 or config.train.on_nan='skip' may help"
-    )
-
-
-def batch_of_step(step: int, left_out: list[list[int]]) -> int:
-    """Number of the batch, from 0, that a step after all those `left_out` reads.
-
-    Args:
-      step: counted from 1.
-      left_out: (first, last) of each run of batches that were passed over.
-    """
-    return step - 1 + sum(last - first + 1 for first, last in left_out)
-
-
-def told(metrics: dict[str, jax.Array] | None) -> dict[str, Any]:
-    """What a step says to the loop, once it is done: `finite` and `request`."""
-    if metrics is None:
-        return {'finite': True, 'request': 0}
-    jax.block_until_ready(metrics)
-    return jax.device_get({name: metrics[name] for name in ('finite', 'request')})
-
-
-def shown(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The metrics that are for people."""
-    return {name: x for name, x in metrics.items() if name not in ('finite', 'request')}
 
 
 def is_time(config: ConfigDict, last_save: float) -> bool:
@@ -328,41 +283,34 @@ def describe(config: ConfigDict, sizes: settings.Sizes) -> dict[str, Any]:
 
 
 def fetch(
-    batches: Iterator[pipeline.Batch], metrics: dict[str, jax.Array] | None
+    batches: Iterator[pipeline.Batch], news: jax.Array | None
 ) -> tuple[pipeline.Batch, float]:
     """The next batch of this process, and how many seconds its devices stood idle for it.
 
-    The time counts only when the step in progress, whose `metrics` these are, ended before the
-    batch came.
+    The time counts only when the step in progress, whose `news` these are, ended before the batch
+    came.
     """
     start = time.perf_counter()
     batch = next(batches)
     seconds = time.perf_counter() - start
-    idle = metrics is None or metrics['loss'].is_ready()
+    idle = news is None or news.is_ready()
     return batch, seconds if idle else 0.0
 
 
-def note_bad_images(
-    bad_images: BadImages,
-    batch: pipeline.Batch | None,
-    metrics: dict[str, jax.Array] | None,
-    monitor: Monitor,
-) -> None:
+def note_bad_images(bad_images: BadImages, batch: pipeline.Batch, monitor: Monitor) -> None:
     """List what no process could read of a step's batch.
 
-    The processes speak to each other only in a step that has such images, which its metrics tell
-    all of them: so they all hold the same list, and stop at the same step.
+    The processes speak to each other only in a step that has such images, which its news tell all
+    of them: so they all hold the same list, and stop at the same step.
 
     Args:
       bad_images: the list.
-      batch, metrics: this process's, of the same step; None before the first one.
+      batch: this process's, of which `index` and `weight` are read.
       monitor: says what is new.
 
     Raises:
       UserError: the list is too long; SaidElsewhereError on all processes but the first.
     """
-    if metrics is None or metrics['bad_images'] == 0:
-        return
     index, weight = distributed.rows_of_all(batch['index'], batch['weight'])
     with distributed.failing_together():
         for name in bad_images.update(index, weight):

@@ -1,6 +1,7 @@
 """Tests run on 8 virtual CPU devices, with jaxtyping's shapes checked as functions are called."""
 
 import os
+import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
@@ -14,6 +15,14 @@ import torchvision  # noqa: F401 (first: it crashes the process when TensorFlow 
 from jaxtyping import install_import_hook
 
 install_import_hook(['swav_jax.swav', 'swav_jax.optim', 'swav_jax.augment'], 'beartype.beartype')
+
+
+def pytest_configure(config):
+    """One folder of compiled programs for the processes that all the workers' tests start."""
+    if 'COMPILED_BY_TESTS' not in os.environ:
+        folder = tempfile.TemporaryDirectory()
+        os.environ['COMPILED_BY_TESTS'] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items):

@@ -150,7 +150,7 @@ def test_one_step_has_shapes(name):
     state = jax.eval_shape(make_state)
     step = make_train_step(made['net'], made['tx'], config, made['layout'])
     batch = traced.batch_shapes(config, sizes.batch_size)
-    after, metrics = jax.eval_shape(step, state, batch)
+    after, metrics, _ = jax.eval_shape(step, state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert (new.shape, new.dtype) == (old.shape, old.dtype)

@@ -48,7 +48,7 @@ def train(devices, precision):
         placed = put_batch(mesh, batch)
         if crops is None:
             crops = jax.device_get(jax.jit(lambda b: multi_crop(c, mesh, b))(placed))
-        state, metrics = step(state, placed)
+        state, metrics, _ = step(state, placed)
         losses.append(float(metrics['loss']))
     assert int(state.queue.filled) == 2
     return np.array(seen), crops, losses

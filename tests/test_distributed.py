@@ -1,46 +1,27 @@
 """Real processes over gloo: the same training as one process, and the same end."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import ROOT, TINY, command, environment, free_port, one_of_two, rows, run
 
-ROOT = Path(__file__).parent.parent
-TINY = (
-    '--config=configs/demo.py',
+FLAGS = (
+    *TINY,
     '--config.data.limit=128',
     '--config.data.batchsize_per_replica=8',
-    '--config.data.num_crops=(2,)',
-    '--config.data.size_crops=(16,)',
-    '--config.data.crop_scales=((0.4,1.0),)',
-    '--config.model.trunk.width_multiplier=0.03125',
-    '--config.model.head.dims=(0,8,4)',
-    '--config.model.head.num_clusters=(5,)',
     '--config.loss.queue.queue_length=64',
     '--config.evaluate.train_source=demo:test',
     '--config.evaluate.test_source=demo:test',
-    '--config.train.log_every_steps=1',
     '--config.train.max_steps=10',
     '--config.precision=float64',
     '--config.optimizer.param_schedulers.lr.auto_lr_scaling.base_value=0.1',
 )
-
-
-def environment(devices=1):
-    return os.environ | {
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-        'JAX_PLATFORMS': 'cpu',
-        'JAX_ENABLE_X64': 'True',
-        'PYTHONPATH': str(ROOT),
-    }
 
 
 @pytest.fixture
@@ -48,9 +29,10 @@ def start():
     """Starts a Python process with its output piped; ends what a failed test leaves behind."""
     processes = []
 
-    def start(*command):
+    def start(command):
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment(), **pipes)
+        env = environment(JAX_ENABLE_X64='True')
+        process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
         processes.append(process)
         return process
 
@@ -60,32 +42,18 @@ def start():
         process.communicate()
 
 
-def one_of_two(number, port, workdir, *flags):
-    """The command line of one of two processes."""
-    others = (f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={number}')
-    return ('-m', 'swav_jax.main', f'--workdir={workdir}', *TINY, *flags, *others)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('localhost', 0))
-        return probe.getsockname()[1]
-
-
-def metrics(workdir):
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
 @pytest.fixture(scope='module')
 def single(tmp_path_factory):
     """Metrics of a single process with 4 devices, and its kNN accuracy."""
     workdir = tmp_path_factory.mktemp('single')
-    command = [sys.executable, '-m', 'swav_jax.main', f'--workdir={workdir}', *TINY]
     subprocess.run(
-        [*command, '--config.data.batchsize_per_replica=4'],
-        cwd=ROOT, env=environment(4), check=True, capture_output=True,
-    )  # fmt: skip
-    return metrics(workdir), json.loads((workdir / 'summary.json').read_text())
+        command(workdir, *FLAGS, '--config.data.batchsize_per_replica=4'),
+        cwd=ROOT,
+        env=environment(4, JAX_ENABLE_X64='True'),
+        check=True,
+        capture_output=True,
+    )
+    return rows(workdir), json.loads((workdir / 'summary.json').read_text())
 
 
 @pytest.mark.slow
@@ -93,12 +61,13 @@ def single(tmp_path_factory):
 def test_processes_train_like_a_single_one(processes, devices, single, start, tmp_path):
     batch = f'--config.data.batchsize_per_replica={16 // (processes * devices)}'
     launcher = ('scripts/launch_local.py', str(processes), f'--cpu_devices={devices}')
-    launched = start(*launcher, f'--workdir={tmp_path}', *TINY, batch)
+    flags = command(tmp_path, *FLAGS, batch, '--config.evaluate.report=True')[3:]
+    launched = start([sys.executable, *launcher, *flags])
     out, err = launched.communicate(timeout=500)
     assert launched.returncode == 0, err
     assert out.count('step 10/10') == 2  # the kNN's line and the loss's, of process 0 alone
     expected, summary = single
-    found = metrics(tmp_path)
+    found = rows(tmp_path)
     for name in ('step', 'epoch', 'loss', 'lr', 'grad_norm', 'active_prototypes'):
         np.testing.assert_allclose(
             [row[name] for row in found], [row[name] for row in expected], rtol=1e-9, err_msg=name
@@ -114,9 +83,9 @@ def test_processes_train_like_a_single_one(processes, devices, single, start, tm
 @pytest.mark.slow
 def test_the_others_end_when_one_is_killed(start, tmp_path):
     port, flags = free_port(), ('--config.train.max_steps=0', '--config.optimizer.num_epochs=99999')
-    processes = [start(*one_of_two(i, port, tmp_path, *flags)) for i in range(2)]
+    processes = [start(command(tmp_path, *FLAGS, *flags, *one_of_two(i, port))) for i in range(2)]
     deadline = time.monotonic() + 300
-    while not (tmp_path / 'metrics.jsonl').exists() or len(metrics(tmp_path)) < 3:
+    while not (tmp_path / 'metrics.jsonl').exists() or len(rows(tmp_path)) < 3:
         assert time.monotonic() < deadline and not any(p.poll() for p in processes)
         time.sleep(0.1)
     processes[1].send_signal(signal.SIGKILL)
@@ -135,7 +104,8 @@ def test_processes_that_disagree_or_fail_say_so_once_and_all_end(start, tmp_path
         (('--workdir=/proc/none',), 'process 1: --workdir=/proc/none cannot be written'),
     ):
         port = free_port()
-        processes = [start(*one_of_two(i, port, tmp_path, *(own if i else ()))) for i in range(2)]
+        commands = [command(tmp_path, *FLAGS, *one_of_two(i, port)) for i in range(2)]
+        processes = [start(commands[0]), start([*commands[1], *own])]
         ended = [(*p.communicate(timeout=200), p.returncode) for p in processes]
         assert [code for *_, code in ended] == [2, 2]
         lines = [line for _, err, _ in ended for line in err.splitlines() if 'error' in line]
@@ -156,7 +126,7 @@ def test_bad_images_of_all_processes_are_in_one_list_and_stop_all(start, tmp_pat
             path.write_bytes(path.read_bytes()[:100])
     flags = (f'--config.data.source=folder:{folder}', '--config.data.max_bad_fraction=0.3')
     flags += ('--config.train.max_steps=2', '--config.evaluate.train_source=')
-    processes = [start(*one_of_two(i, port, workdir, *flags)) for i in range(2)]
+    processes = [start(command(workdir, *FLAGS, *flags, *one_of_two(i, port))) for i in range(2)]
     ended = [(*p.communicate(timeout=500), p.returncode) for p in processes]
     assert [code for *_, code in ended] == [2, 2], ended
     assert '12 of 32 images cannot be read' in ended[0][1]
@@ -175,8 +145,7 @@ def test_bad_images_of_all_processes_are_in_one_list_and_stop_all(start, tmp_pat
     ],
 )
 def test_flags_that_join_nothing_are_explained(flags, message, tmp_path):
-    command = [sys.executable, '-m', 'swav_jax.main', f'--workdir={tmp_path}', *TINY, *flags]
-    ended = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    ended = run(tmp_path, *TINY, *flags)
     assert ended.returncode == 2
     assert ended.stderr.startswith('error: ') and ended.stderr.count('\n') == 1
     assert message in ended.stderr

@@ -1,72 +1,16 @@
 """The command line as a user meets it: real processes, real JPEGs, real kills."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import ROOT, rows, run
 
 from swav_jax.main import main
-
-ROOT = Path(__file__).parent.parent
-
-COMPILED = tempfile.TemporaryDirectory()
-
-TINY = (
-    '--config.data.batchsize_per_replica=4',
-    '--config.data.limit=32',
-    '--config.data.num_crops=(2,)',
-    '--config.data.size_crops=(16,)',
-    '--config.data.crop_scales=((0.4,1.0),)',
-    '--config.model.trunk.width_multiplier=0.03125',
-    '--config.model.head.dims=(0,8,4)',
-    '--config.model.head.num_clusters=(5,)',
-    '--config.evaluate.train_source=',
-    '--config.evaluate.test_source=',
-    '--config.train.log_every_steps=1',
-)
-
-
-def command(workdir, *flags, config='configs/demo.py'):
-    return [
-        sys.executable,
-        '-m',
-        'swav_jax.main',
-        f'--config={config}',
-        f'--workdir={workdir}',
-        *flags,
-    ]
-
-
-def environment():
-    """One CPU device, and what other tests compiled."""
-    return os.environ | {
-        'XLA_FLAGS': '',
-        'JAX_PLATFORMS': 'cpu',
-        'JAX_COMPILATION_CACHE_DIR': COMPILED.name,
-        'PYTHONPATH': str(ROOT),
-    }
-
-
-def run(workdir, *flags, **kwargs):
-    return subprocess.run(
-        command(workdir, *flags, **kwargs),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')
@@ -117,35 +61,6 @@ def test_the_imagenet_recipe_trains_on_a_folder_of_photographs(photographs, tmp_
         [row['lr'] for row in found], np.array([1, 2, 3]) * peak / 16, rtol=1e-3
     )
     assert json.loads((tmp_path / 'config.json').read_text())['loss']['epsilon'] == 0.05
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
-    flags = (*TINY, '--config.checkpoint.every_steps=1', '--config.optimizer.num_epochs=8')
-    whole = run(tmp_path / 'whole', *flags)
-    assert whole.returncode == 0, whole.stderr
-
-    victim = subprocess.Popen(
-        command(tmp_path / 'killed', *flags),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    folder = tmp_path / 'killed' / 'checkpoints'
-    deadline = time.monotonic() + 300
-    while not any(p.name.isdigit() and int(p.name) > 5 for p in folder.glob('*')):
-        assert victim.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
-
-    again = run(tmp_path / 'killed', *flags)
-    assert again.returncode == 0, again.stderr
-    assert 'going on from step' in again.stdout
-    expected, found = rows(tmp_path / 'whole'), rows(tmp_path / 'killed')
-    assert [row['step'] for row in found] == [row['step'] for row in expected] == [*range(1, 65)]
-    assert [row['loss'] for row in found] == [row['loss'] for row in expected]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from test_main import ROOT, TINY, environment, rows, run
+from processes import ROOT, TINY, environment, rows, run
 
 from swav_jax.data import pipeline
 

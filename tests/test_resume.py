@@ -3,8 +3,9 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from test_main import ROOT, TINY, command, environment
+from processes import ROOT, TINY, command, environment, rows
 
 from swav_jax.config import default, to_dict
 from swav_jax.errors import UserError
@@ -26,27 +27,51 @@ def test_kills_lose_nothing():
 
 
 def on_devices(count, workdir, *flags):
-    done = subprocess.run(
-        command(workdir, *TINY, *flags, f'--config.data.batchsize_per_replica={8 // count}'),
+    flags = (
+        *TINY,
+        '--config.precision=float64',  # what is dealt out wrongly shows, and rounding does not
+        '--config.loss.queue.queue_length=16',
+        '--config.optimizer.num_epochs=3',
+        *flags,
+    )
+    return subprocess.run(
+        command(workdir, *flags, f'--config.data.batchsize_per_replica={8 // count}'),
         cwd=ROOT,
-        env=environment() | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count}'},
+        env=environment(count, JAX_ENABLE_X64='True'),
         capture_output=True,
         text=True,
     )
-    return done
+
+
+@pytest.fixture(scope='module')
+def moved(tmp_path_factory):
+    """A run of 6 steps on 4 devices; the queue has been full for 4 of them."""
+    workdir = tmp_path_factory.mktemp('run') / 'moved'
+    begun = on_devices(4, workdir, '--config.train.max_steps=6')
+    assert begun.returncode == 0, begun.stderr
+    return workdir
 
 
 @pytest.mark.slow
-def test_a_run_does_not_go_on_with_another_config(tmp_path):
-    flags = ('--config.loss.queue.queue_length=16', '--config.optimizer.num_epochs=3')
-    begun = on_devices(4, tmp_path / 'moved', *flags, '--config.train.max_steps=6')
-    assert begun.returncode == 0, begun.stderr
-
+def test_a_run_does_not_go_on_with_another_config(moved):
     changes = ('--config.seed=1', '--config.model.head.num_clusters=(6,)')
-    other = on_devices(1, tmp_path / 'moved', *flags, *changes, '--config.loss.epsilon=0.04')
+    other = on_devices(1, moved, *changes, '--config.loss.epsilon=0.04')
     assert other.returncode == 2 and other.stderr.count('\n') == 1
     assert 'config.model.head.num_clusters [5] → [5, 6], config.seed 0 → 1)' in other.stderr
     assert '--force' in other.stderr
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices(moved, tmp_path):
+    """The queue is dealt out anew, and the batch and the order are the same."""
+    for count, workdir in (1, tmp_path), (2, moved):
+        done = on_devices(count, workdir)
+        assert done.returncode == 0, done.stderr
+    assert 'going on from step 6' in done.stdout
+    whole, parts = rows(tmp_path), rows(moved)
+    assert [row['step'] for row in parts] == [row['step'] for row in whole] == list(range(1, 13))
+    losses = [[row['loss'] for row in part] for part in (whole, parts)]
+    np.testing.assert_allclose(*losses, rtol=1e-9)
 
 
 def saved(config, global_batch=64):

@@ -7,8 +7,7 @@ import sys
 import time
 
 import pytest
-import test_distributed
-from test_main import ROOT, TINY, command, environment, rows, run
+from processes import ROOT, TINY, command, environment, free_port, one_of_two, rows, run
 
 from swav_jax.main import main
 
@@ -145,19 +144,12 @@ def test_a_workdir_in_use_is_refused_and_checkpoints_follow_the_clock(
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
-    port = test_distributed.free_port()
-    flags = (
-        '--config.optimizer.num_epochs=500',
-        '--config.train.max_steps=0',
-        '--config.evaluate.train_source=',
-        '--config.evaluate.test_source=',
-        '--config.checkpoint.every_epochs=0',
-    )
+    port = free_port()
     both = [
         subprocess.Popen(
-            [sys.executable, *test_distributed.one_of_two(i, port, tmp_path, *flags)],
+            command(tmp_path, *FLAGS, *one_of_two(i, port)),
             cwd=ROOT,
-            env=test_distributed.environment(),
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,0 +1,48 @@
+"""What follows on a step that is not finite: the run ends, or goes on past what led there."""
+
+import sys
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from swav_jax.errors import RunFailedError
+
+
+class SkipBatches(Exception):
+    """Training goes on from the last checkpoint, and past batch `last`."""
+
+    def __init__(self, last: int):
+        super().__init__(last)
+        self.last = last
+
+
+def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: int) -> None:
+    """End the run, or begin again without the batches that led here.
+
+    Raises:
+      SkipBatches: `config.train.on_nan` is 'skip', and not too often did it.
+      RunFailedError: otherwise.
+    """
+    text = f'step {step:,} is not finite; python -m swav_jax.replay {folder} shows it again'
+    most = config.train.max_nan_skips
+    if config.train.on_nan == 'skip' and skips < most:
+        if jax.process_index() == 0:
+            print(f'{text}. Leaving out the batches since the last checkpoint', file=sys.stderr)
+        raise SkipBatches(batch)
+    if config.train.on_nan == 'skip':
+        text += f'. Batches were left out config.train.max_nan_skips={most} times already'
+    raise RunFailedError(
+        f'{text}. A lower learning rate (config.optimizer.param_schedulers.lr), a longer warm-up, '
+        "config.precision='bfloat16' instead of float16 or config.train.on_nan='skip' may help"
+    )
+
+
+def batch_of_step(step: int, left_out: list[list[int]]) -> int:
+    """Number of the batch, from 0, that a step after all those `left_out` reads.
+
+    Args:
+      step: counted from 1.
+      left_out: (first, last) of each run of batches that were passed over.
+    """
+    return step - 1 + sum(last - first + 1 for first, last in left_out)
