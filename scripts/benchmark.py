@@ -11,8 +11,8 @@ collectives  bytes that a ResNet-50's step sends, and the time of its collective
 startup      compilation at a first and a second start, and --help
 
 Ours and the peer's run in turn, round after round, so that other work slows them alike; figures are
-medians. On a CPU both use all cores that the process may use: taskset restricts them. `ratio_…` is
-our time (or memory) over the peer's.
+medians. Each step runs in a process of its own, on all cores that it may use: taskset restricts
+them. `ratio_…` is our time (or memory) over the peer's.
 """
 
 import argparse
@@ -62,11 +62,8 @@ def run(args: argparse.Namespace) -> dict:
         import benchmark_collectives
 
         return benchmark_collectives.measure(args.rounds)
-    if args.peer:
-        import torch  # noqa: F401 (now: both bring an OpenMP, and this order works)
-    from swav_jax.host_memory import keep_freed_memory
-
-    keep_freed_memory()  # as main does
+    # Several processes share a GPU.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     import benchmark_step
 
     return benchmark_step.measure(args.tasks or list(benchmark_step.TASKS), args.peer, args.rounds)

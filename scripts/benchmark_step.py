@@ -1,14 +1,17 @@
 """A training step from given crops, beside PyTorch's, and where its time goes."""
 
+import contextlib
 import functools
 import json
+import math
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -18,9 +21,10 @@ import optax
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import models, step, traced
+from swav_jax import models, plan, step
+from swav_jax.host_memory import keep_freed_memory
 from swav_jax.initial_state import make_schedule, make_state
-from swav_jax.mesh import make_mesh
+from swav_jax.mesh import AXES, make_mesh
 from swav_jax.precision import COMPUTE_DTYPES
 
 Figures = dict[str, float | int | str]
@@ -39,6 +43,7 @@ class Task(NamedTuple):
     gpu_batch: int
 
 
+KINDS = ('step', 'step_with_augment', 'step_without_optimizer', 'network')
 LARGE = ((2, 224), (6, 96))
 TASKS = {
     'r50': Task('resnet50', dict(depth=50), LARGE, 4, 64),
@@ -65,43 +70,81 @@ def measure_task(name: str, peer: bool, rounds: int) -> Figures:
     """One task: the step, its parts, and PyTorch's step, one after the other in every round."""
     config = make_config(TASKS[name])
     batch = config.data.batchsize_per_replica
-    runs = our_runs(config)
-    if peer:
-        runs['peer'] = peer_run(TASKS[name], config)
-    times = in_turn(runs, rounds)
+    kinds = [*KINDS, *(['peer'] if peer else [])]
+    with contextlib.ExitStack() as stack:
+        runs = {kind: stack.enter_context(Child(name, kind)) for kind in kinds}
+        seconds = {kind: [] for kind in kinds}
+        for _ in range(rounds):
+            for kind, run in runs.items():
+                seconds[kind].append(run())
+        times = {kind: statistics.median(values) for kind, values in seconds.items()}
+        memory = {kind: runs[kind].peak_memory for kind in ('step', 'peer') if kind in runs}
     found: Figures = {
         'step': times['step'],
         'images_per_second': batch / times['step'],
-        'tflops': runs['step'].flops / times['step'] / 1e12,
+        'tflops': flops(config) / times['step'] / 1e12,
         'augment': times['step_with_augment'] - times['step'],
         'optimizer': times['step'] - times['step_without_optimizer'],
         'loss_and_metrics': times['step_without_optimizer'] - times['network'],
         'network': times['network'],
+        'peak_memory': memory['step'],
     }
     if peak := PEAKS.get(jax.devices()[0].device_kind):
         found['share_of_peak'] = found['tflops'] / peak
     if peer:
-        found |= {'peer_step': times['peer'], 'ratio': times['step'] / times['peer']}
-    if jax.default_backend() == 'cpu':
-        found['peak_memory'] = peak_memory(name, 'ours')
-        if peer:
-            found['peer_peak_memory'] = peak_memory(name, 'peer')
-            found['ratio_memory'] = found['peak_memory'] / found['peer_peak_memory']
+        found |= {
+            'peer_step': times['peer'],
+            'ratio': times['step'] / times['peer'],
+            'peer_peak_memory': memory['peer'],
+            'ratio_memory': memory['step'] / memory['peer'],
+        }
     return found
 
 
-def in_turn(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each; all run in every round, so that other work slows them alike."""
-    for run in runs.values():
-        run()
-        run()
-    seconds = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+class Child:
+    """A process that makes one kind of step whenever it is called, and nothing in between.
+
+    In one process the threads of one framework would still spin while the other's step runs, and
+    each would find its memory given back. Entering it builds the step and warms up.
+
+    Attributes:
+      peak_memory: in MB, the largest of the steps, without what the imports take. Compilation does
+        not count. On a GPU that of the device.
+    """
+
+    def __init__(self, name: str, kind: str):
+        command = [sys.executable, __file__, name, kind]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(command, **pipes)
+        self.peak_memory = 0.0
+
+    def __enter__(self) -> 'Child':
+        self._read()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def __call__(self) -> float:
+        """Seconds of one step."""
+        print('', file=self._process.stdin, flush=True)
+        seconds, self.peak_memory = self._read()
+        return seconds
+
+    def _read(self) -> tuple[float, float]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit(f'{self._process.args} ended with {self._process.wait()}')
+        return tuple(json.loads(line))
+
+
+def flops(config: ConfigDict) -> float:
+    """Floating-point operations of a step on one device, from the traced step."""
+    sizes = settings.sizes(config, num_images=1_281_167, num_replicas=1)
+    mesh = plan.AbstractMesh((1, 1), AXES)
+    return plan.cost(config, sizes, make_schedule(config, sizes), mesh).flops
 
 
 def make_config(task: Task) -> ConfigDict:
@@ -120,7 +163,6 @@ class Run:
     """Calls a compiled function again and again, its state donated, and waits for the result."""
 
     def __init__(self, function: Callable, state: object, *args: object):
-        self.flops = traced.cost(function, state, *args)['flops']
         self._function = jax.jit(function, donate_argnums=0)
         self._state, self._args = state, args
 
@@ -130,8 +172,8 @@ class Run:
         jax.block_until_ready(out)
 
 
-def our_runs(config: ConfigDict, parts: bool = True) -> dict[str, Callable[[], None]]:
-    """The step from crops and, with `parts`, the same with and without some of them."""
+def our_run(config: ConfigDict, kind: str) -> Run:
+    """The step from crops, or one with or without some part: `kind` is one of `KINDS`."""
     mesh = make_mesh(config.model.sync_bn, jax.devices()[:1])
     sizes = settings.sizes(config, num_images=1_281_167, num_replicas=1)
     schedule = make_schedule(config, sizes)
@@ -179,15 +221,13 @@ def our_runs(config: ConfigDict, parts: bool = True) -> dict[str, Callable[[], N
         grads, batch_stats = jax.grad(objective, has_aux=True)(state.params)
         return state.replace(batch_stats=batch_stats), optax.tree.norm(grads)
 
-    runs = {'step': Run(update, fresh(), crops, weights)}
-    if parts:
-        without = functools.partial(update, tx=still)
-        runs |= {
-            'step_with_augment': Run(with_augment, fresh(), images),
-            'step_without_optimizer': Run(without, fresh(), crops, weights),
-            'network': Run(network, fresh(), crops),
-        }
-    return runs
+    if kind == 'step_with_augment':
+        return Run(with_augment, fresh(), images)
+    if kind == 'network':
+        return Run(network, fresh(), crops)
+    without = kind == 'step_without_optimizer'
+    function = functools.partial(update, tx=still) if without else update
+    return Run(function, fresh(), crops, weights)
 
 
 def peer_run(task: Task, config: ConfigDict) -> Callable[[], None]:
@@ -225,36 +265,48 @@ def peer_run(task: Task, config: ConfigDict) -> Callable[[], None]:
     return run
 
 
-def peak_memory(name: str, whose: str) -> float:
-    """Largest memory in MB of a process that makes three steps, beyond its imports."""
-    command = [sys.executable, __file__, name, whose]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
-def resident() -> float:
-    """Largest memory of this process so far, in MB."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 1e6 if sys.platform == 'darwin' else used * 1024 / 1e6
+def resident(*, largest: bool = False) -> float:
+    """Memory of this process in MB, or the largest since `forget_largest`; nan without /proc."""
+    status = Path('/proc/self/status')
+    name = 'VmHWM' if largest else 'VmRSS'
+    found = status.is_file() and re.search(rf'{name}:\s*(\d+) kB', status.read_text())
+    return int(found[1]) * 1024 / 1e6 if found else math.nan
 
 
-def main(name: str, whose: str) -> None:
-    """The child of `peak_memory`."""
-    task = TASKS[name]
-    config = make_config(task)
-    if whose == 'peer':
-        import torch  # noqa: F401 (before the first look at the memory)
+def forget_largest() -> None:
+    """Begin to look for the largest memory anew (clear_refs in proc(5))."""
+    if (file := Path('/proc/self/clear_refs')).exists():
+        file.write_text('5')
 
-    before = resident()
-    run = peer_run(task, config) if whose == 'peer' else our_runs(config, parts=False)['step']
-    for _ in range(3):
+
+def main(name: str, kind: str) -> None:
+    """The process of a `Child`."""
+    if kind == 'peer':
+        import torch  # before the first look at the memory
+    else:
+        keep_freed_memory()  # as swav_jax.main does
+    config, before = make_config(TASKS[name]), resident()
+    run = peer_run(TASKS[name], config) if kind == 'peer' else our_run(config, kind)
+    for _ in range(2):
         run()
-    print(json.dumps(resident() - before))
+    forget_largest()
+    print(json.dumps([0, 0]), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+        if jax.default_backend() == 'cpu':
+            memory = resident(largest=True) - before
+        elif kind == 'peer':
+            memory = torch.cuda.max_memory_allocated() / 1e6
+        else:
+            memory = jax.devices()[0].memory_stats()['peak_bytes_in_use'] / 1e6
+        print(json.dumps([seconds, memory]), flush=True)
 
 
 if __name__ == '__main__':

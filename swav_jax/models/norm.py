@@ -1,5 +1,6 @@
 """Batch normalisation with the semantics of PyTorch's SyncBatchNorm."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -50,27 +51,25 @@ class BatchNorm(nn.Module):
         running_mean = self.variable('batch_stats', 'mean', jnp.zeros, features, param_dtype)
         running_var = self.variable('batch_stats', 'var', jnp.ones, features, param_dtype)
 
-        # All is relative to the running mean. Any shift gives the same moments; one near the mean
-        # keeps the digits of a variance much smaller than the mean's square.
-        x = x.astype(stats_dtype) - lax.stop_gradient(running_mean.value).astype(stats_dtype)
-        mean, var = 0.0, running_var.value.astype(stats_dtype)
-        if train:
-            # Initialisation wants shapes only, and happens outside of the mesh.
-            shared, groups = ((), ()) if self.is_initializing() else self._axes()
-            moments, count = _moments(x, shared)
-            if not self.is_initializing():
-                replicated = lax.pmean(moments, groups) if groups else moments
-                batch_mean, batch_var = lax.stop_gradient(replicated)
-                unbiased = batch_var * (count / max(count - 1, 1))
-                running_mean.value += self.momentum * batch_mean
-                running_var.value += self.momentum * (unbiased - running_var.value)
-            if shared:
-                # Cast before they part, so that the cotangents of both come back in one psum.
-                moments = lax.pcast(moments, shared, to='varying')
-            mean, var = moments
+        shift = lax.stop_gradient(running_mean.value).astype(stats_dtype)
+        if not train:
+            var = running_var.value.astype(stats_dtype)
+            gain = scale * lax.rsqrt(var + self.epsilon)
+            return ((x.astype(stats_dtype) - shift) * gain + bias).astype(self.dtype)
 
-        gain = scale.astype(stats_dtype) * lax.rsqrt(var + self.epsilon)
-        return ((x - mean) * gain + bias.astype(stats_dtype)).astype(self.dtype)
+        # Initialisation wants shapes only, and happens outside of the mesh.
+        shared, groups = ((), ()) if self.is_initializing() else self._axes()
+        # Cast outside: scale and bias are the same on all replicas, their gradients are not.
+        scale, bias = (_vary_as(x, p.astype(stats_dtype)) for p in (scale, bias))
+        y, moments = _normalize(x, scale, bias, shift, self.epsilon, shared, self.dtype)
+        count = _count(x, shared)
+        if not self.is_initializing():
+            moments = lax.stop_gradient(moments)
+            batch_mean, batch_var = lax.pmean(moments, groups) if groups else moments
+            unbiased = batch_var * (count / max(count - 1, 1))
+            running_mean.value += self.momentum * batch_mean
+            running_var.value += self.momentum * (unbiased - running_var.value)
+        return y
 
     def _axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Mesh axes that share statistics, and those along which groups differ.
@@ -83,14 +82,57 @@ class BatchNorm(nn.Module):
         return self.axis_names + alone, tuple(name for name in others if name not in alone)
 
 
-def _moments(x: jax.Array, axis_names: tuple[str, ...]) -> tuple[jax.Array, int]:
-    """Mean and biased variance, stacked (2, C), and how many values each is taken over."""
-    axes = tuple(range(x.ndim - 1))
-    count = x.size // x.shape[-1]
-    sums = jnp.stack([x.sum(axes), jnp.square(x).sum(axes)])
-    if axis_names:
-        sums = lax.psum(sums, axis_names)
-        count *= lax.axis_size(axis_names)
-    sums = checkpoint_name(sums, STATISTICS)
-    mean, mean_of_squares = sums / count
-    return jnp.stack([mean, jnp.maximum(mean_of_squares - jnp.square(mean), 0)]), count
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _normalize(x, scale, bias, shift, epsilon, axes, dtype):
+    """Returns y, and the batch's mean relative to `shift` and variance, (2, C), without gradients.
+
+    Its own backward pass keeps x and two numbers a channel, where that of the formulas would keep
+    three arrays of the size of x, and reads and writes twice as much.
+    """
+    return _forward(x, scale, bias, shift, epsilon, axes, dtype)[0]
+
+
+def _forward(x, scale, bias, shift, epsilon, axes, dtype):
+    # All is relative to the running mean. Any shift gives the same result; one near the mean keeps
+    # the digits of a variance that is much smaller than the mean's square.
+    moved = x.astype(shift.dtype) - shift
+    sums = _shared(jnp.stack([_sum(moved), _sum(jnp.square(moved))]), axes)
+    mean, mean_of_squares = checkpoint_name(sums, STATISTICS) / _count(x, axes)
+    var = jnp.maximum(mean_of_squares - jnp.square(mean), 0)
+    inverse_std = lax.rsqrt(var + epsilon)
+    y = ((moved - mean) * (scale * inverse_std) + bias).astype(dtype)
+    return (y, jnp.stack([mean, var])), (x, shift, mean, inverse_std, scale)
+
+
+def _backward(epsilon, axes, dtype, kept, cotangents):
+    """Ioffe and Szegedy, 2015, section 3, with the sums over all replicas that share statistics."""
+    x, shift, mean, inverse_std, scale = kept
+    dy = cotangents[0].astype(mean.dtype)
+    normal = (x.astype(mean.dtype) - shift - mean) * inverse_std
+    sums = jnp.stack([_sum(dy), _sum(dy * normal)])
+    dbias, dscale = sums
+    dy_mean, dy_normal_mean = _shared(sums, axes) / _count(x, axes)
+    dx = (dy - dy_mean - normal * dy_normal_mean) * (scale * inverse_std)
+    return dx.astype(x.dtype), dscale, dbias, None
+
+
+_normalize.defvjp(_forward, _backward)
+
+
+def _sum(x):
+    return jnp.sum(x, tuple(range(x.ndim - 1)))
+
+
+def _shared(sums, axes):
+    return lax.psum(sums, axes) if axes else sums
+
+
+def _count(x, axes):
+    """How many values each moment is taken over."""
+    return x.size // x.shape[-1] * (lax.axis_size(axes) if axes else 1)
+
+
+def _vary_as(x, parameter):
+    """A parameter cast to vary over the mesh axes that x varies over."""
+    axes = [jax.typeof(a).manual_axis_type.varying for a in (x, parameter)]
+    return lax.pcast(parameter, tuple(axes[0] - axes[1]), to='varying')
