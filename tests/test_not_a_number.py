@@ -16,7 +16,7 @@ COUNT, BAD, BATCH = 32, 13, 4
 
 @pytest.fixture(scope='module')
 def flags(tmp_path_factory):
-    """Dark noise and a white image: divided by 1e-19 only the white one's squares overflow."""
+    """Dark noise and a white image: divided by 1e-20 only the white one's squares overflow."""
     folder = tmp_path_factory.mktemp('images')
     rng = np.random.default_rng(0)
     for i in range(COUNT):
@@ -26,7 +26,7 @@ def flags(tmp_path_factory):
         *TINY,
         f'--config.data.source=folder:{folder}',
         '--config.data.mean=(0.0,)',
-        '--config.data.std=(1e-19,)',
+        '--config.data.std=(1e-20,)',
         '--config.checkpoint.every_steps=1',
         '--config.optimizer.num_epochs=2',
     )
