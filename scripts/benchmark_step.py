@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from swav_jax import config as settings
 from swav_jax import models, plan, step
-from swav_jax.host_memory import keep_freed_memory
+from swav_jax.host_memory import give_back_freed_memory, keep_freed_memory
 from swav_jax.initial_state import make_schedule, make_state
 from swav_jax.mesh import AXES, make_mesh
 from swav_jax.precision import COMPUTE_DTYPES
@@ -44,6 +44,7 @@ class Task(NamedTuple):
 
 
 KINDS = ('step', 'step_with_augment', 'step_without_optimizer', 'network')
+IMAGENET = 1_281_167  # images
 LARGE = ((2, 224), (6, 96))
 TASKS = {
     'r50': Task('resnet50', dict(depth=50), LARGE, 4, 64),
@@ -56,9 +57,7 @@ def measure(names: list[str], peer: bool, rounds: int) -> Figures:
     """Figures of each task; times in seconds, memory in MB."""
     found: Figures = {
         'device': jax.devices()[0].device_kind,
-        'cores': len(os.sched_getaffinity(0))
-        if hasattr(os, 'sched_getaffinity')
-        else os.cpu_count(),
+        'cores': cores(),
         'rounds': rounds,
     }
     for name in names:
@@ -142,7 +141,7 @@ class Child:
 
 def flops(config: ConfigDict) -> float:
     """Floating-point operations of a step on one device, from the traced step."""
-    sizes = settings.sizes(config, num_images=1_281_167, num_replicas=1)
+    sizes = settings.sizes(config, num_images=IMAGENET, num_replicas=1)
     mesh = plan.AbstractMesh((1, 1), AXES)
     return plan.cost(config, sizes, make_schedule(config, sizes), mesh).flops
 
@@ -175,7 +174,7 @@ class Run:
 def our_run(config: ConfigDict, kind: str) -> Run:
     """The step from crops, or one with or without some part: `kind` is one of `KINDS`."""
     mesh = make_mesh(config.model.sync_bn, jax.devices()[:1])
-    sizes = settings.sizes(config, num_images=1_281_167, num_replicas=1)
+    sizes = settings.sizes(config, num_images=IMAGENET, num_replicas=1)
     schedule = make_schedule(config, sizes)
     net, tx, layout, _ = make_state(config, sizes, schedule, mesh)
     rng = np.random.default_rng(0)
@@ -292,8 +291,10 @@ def main(name: str, kind: str) -> None:
         keep_freed_memory()  # as swav_jax.main does
     config, before = make_config(TASKS[name]), resident()
     run = peer_run(TASKS[name], config) if kind == 'peer' else our_run(config, kind)
-    for _ in range(2):
-        run()
+    run()
+    if kind != 'peer':
+        give_back_freed_memory()  # as swav_jax.train does
+    run()
     forget_largest()
     print(json.dumps([0, 0]), flush=True)
     for _ in sys.stdin:

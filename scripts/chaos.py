@@ -32,34 +32,17 @@ PLACES = ('at the start', 'between steps', 'in a checkpoint')
 
 
 def command(workdir: Path, kills: int) -> list[str]:
-    """A run of tiny crops and a tiny network on embedded images."""
+    """The run of tiny.py with a queue, float16 and a checkpoint every 5 steps."""
     settings = {
-        'data.batchsize_per_replica': 4,
         'data.limit': 40,
-        'data.num_crops': '(2,)',
-        'data.size_crops': '(16,)',
-        'data.crop_scales': '((0.4,1.0),)',
-        'model.trunk.name': 'regnet',
-        'model.trunk.depth': 1,
-        'model.trunk.w_0': 8,
-        'model.trunk.w_m': 2.0,
-        'model.trunk.group_width': 4,
-        'model.trunk.stem': 'imagenet',
-        'model.trunk.width_multiplier': 1.0,
-        'model.head.dims': '(0,8,4)',
-        'model.head.num_clusters': '(5,)',
         'loss.queue.queue_length': 16,
         'precision': 'float16',
         'optimizer.num_epochs': STEPS_A_KILL * (kills + 1) // 10,
-        'train.log_every_steps': 1,
         'checkpoint.every_epochs': 0,
         'checkpoint.every_steps': 5,
-        'evaluate.train_source': '',
-        'evaluate.test_source': '',
-        'evaluate.report': False,
     }
     flags = [f'--config.{name}={value}' for name, value in settings.items()]
-    return [sys.executable, '-m', 'swav_jax.main', '--config=configs/demo.py',
+    return [sys.executable, '-m', 'swav_jax.main', '--config=scripts/tiny.py',
             f'--workdir={workdir}', *flags]  # fmt: skip
 
 

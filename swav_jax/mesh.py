@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from swav_jax.errors import UserError
@@ -69,3 +70,17 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
     }
+
+
+def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
+    """Inside `shard_map`: arrays cast to vary over all the axes over which any of them varies.
+
+    To be called before a function with a backward pass of its own: the gradients that this returns
+    then have the types of its arguments, and the cast's transpose sums those of replicated ones.
+    """
+    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    axes = frozenset().union(*varying)
+    return [
+        lax.pcast(a, tuple(axes - own), to='varying')
+        for a, own in zip(arrays, varying, strict=True)
+    ]

@@ -22,6 +22,7 @@ from swav_jax.data.bad_images import BadImages
 from swav_jax.errors import StoppedError, UserError
 from swav_jax.evaluate import report
 from swav_jax.evaluate.online import OnlineEvaluation, Results
+from swav_jax.host_memory import give_back_freed_memory
 from swav_jax.initial_state import make_schedule, make_state, start_from
 from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
@@ -201,12 +202,12 @@ def train(
                     note_bad_images(bad_images, batch, monitor)
                 return request
             monitor.flush()
-            bad = batch_of_step(step, notes['left_out'])
-            batch = put_batch(mesh, next(read(first_step=bad)))
-            about = describe(config, sizes) | {'step': step, 'batch': bad}
-            folder = nan_dump.write(workdir, net, config, layout, state, batch, about)
+            number = batch_of_step(step, notes['left_out'])
+            again = put_batch(mesh, next(read(first_step=number)))
+            about = describe(config, sizes) | {'step': step, 'batch': number}
+            folder = nan_dump.write(workdir, net, config, layout, state, again, about)
             checkpoints.close()
-            after_nan(config, folder, step, bad, len(notes['left_out']))
+            after_nan(config, folder, step, number, len(notes['left_out']))
 
         for step in range(first_step + 1, sizes.last_step + 1):
             batch, data_wait = fetch(batches, news)
@@ -219,6 +220,8 @@ def train(
             before = seen, news
             state, metrics, news = train_step(state, put_batch(mesh, batch))
             news.copy_to_host_async()
+            if step == first_step + 1:
+                give_back_freed_memory()  # what compiling used
             seen = {name: batch[name] for name in ('index', 'weight')}
             profiled.after(step, metrics)
             # One step computes while the next is queued; a longer queue would hold more batches.
@@ -226,14 +229,16 @@ def train(
             row = monitor.record(step, metrics | {'lr': lr}, data_wait)
             if warning := collapse.look(row):
                 monitor.say(warning)
-            if is_due(step, config.evaluate, sizes):
+            evaluates = is_due(step, config.evaluate, sizes)
+            saves = is_due(step, config.checkpoint, sizes)
+            if request or evaluates or saves:  # of this step, before anything is made of it
+                request, news = max(request, see_to(step, seen, news)), None
+            if evaluates:
                 try:
-                    see_to(step, seen, news)
                     evaluate(step)
                 except Interrupted:
                     request = signals.request
-            if request or is_due(step, config.checkpoint, sizes):
-                see_to(step, seen, news)
+            if request or saves:
                 if (request > SAVE and step < sizes.last_step) or not notes['evaluated']:
                     stop(step, request)
                 save(step)

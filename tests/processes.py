@@ -9,30 +9,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-TINY = (
-    '--config.data.batchsize_per_replica=4',
-    '--config.data.limit=32',
-    '--config.data.num_crops=(2,)',
-    '--config.data.size_crops=(16,)',
-    '--config.data.crop_scales=((0.4,1.0),)',
-    # A single block.
-    '--config.model.trunk.name=regnet',
-    '--config.model.trunk.depth=1',
-    '--config.model.trunk.w_0=8',
-    '--config.model.trunk.w_m=2.0',
-    '--config.model.trunk.group_width=4',
-    '--config.model.trunk.stem=imagenet',
-    '--config.model.trunk.width_multiplier=1.0',
-    '--config.model.head.dims=(0,8,4)',
-    '--config.model.head.num_clusters=(5,)',
-    '--config.evaluate.train_source=',
-    '--config.evaluate.test_source=',
-    '--config.evaluate.report=False',
-    '--config.train.log_every_steps=1',
-)
+TINY = str(ROOT / 'scripts' / 'tiny.py')
 
 
-def command(workdir, *flags, config='configs/demo.py'):
+def command(workdir, *flags, config=TINY):
     return [
         sys.executable,
         '-m',

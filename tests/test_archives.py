@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image
-from refusals import fails
+from refusals import refusal
 
 from swav_jax.data import sources
 
@@ -58,14 +58,15 @@ def test_webdataset_member_names_are_never_paths(tmp_path):
 
 
 def test_webdataset_mistakes(tmp_path):
-    fails(f'webdataset:{tmp_path}/{{0..1}}.tar', 'no shard', '0.tar')
+    text = refusal(f'webdataset:{tmp_path}/{{0..1}}.tar')
+    assert 'no shard' in text and '0.tar' in text
     (tmp_path / 'text.tar').write_text('no tar' * 1000)
-    fails(f'webdataset:{tmp_path}/text.tar', 'tar file')
+    assert 'tar file' in refusal(f'webdataset:{tmp_path}/text.tar')
     write_tar(tmp_path / 'whole.tar', [('a.jpg', encoded(1) * 50)])
     (tmp_path / 'cut.tar').write_bytes((tmp_path / 'whole.tar').read_bytes()[:4096])
-    fails(f'webdataset:{tmp_path}/cut.tar', 'cut.tar')
+    assert 'cut.tar' in refusal(f'webdataset:{tmp_path}/cut.tar')
     write_tar(tmp_path / 'none.tar', [('a.txt', b'')])
-    fails(f'webdataset:{tmp_path}/none.tar', 'no images')
+    assert 'no images' in refusal(f'webdataset:{tmp_path}/none.tar')
 
 
 @pytest.fixture(scope='module')
@@ -114,13 +115,14 @@ def test_tfds(toy_tfds, tmp_path):
 
 @pytest.mark.filterwarnings('ignore')
 def test_tfds_mistakes(toy_tfds, tmp_path):
-    fails(f'tfds:swav_toy:val?data_dir={toy_tfds}', 'val')
-    fails(f'tfds:mnist?data_dir={tmp_path}', 'not prepared', 'tfds build mnist')
-    fails(f'tfds:no_such_set?data_dir={tmp_path}', 'no_such_set')
-    fails('tfds:mnist?folder=/x', 'data_dir')
+    assert 'val' in refusal(f'tfds:swav_toy:val?data_dir={toy_tfds}')
+    text = refusal(f'tfds:mnist?data_dir={tmp_path}')
+    assert 'not prepared' in text and 'tfds build mnist' in text
+    assert 'no_such_set' in refusal(f'tfds:no_such_set?data_dir={tmp_path}')
+    assert 'data_dir' in refusal('tfds:mnist?folder=/x')
     broken = tmp_path / 'swav_toy' / '1.0.0'
     broken.mkdir(parents=True)
     for file in (toy_tfds / 'swav_toy' / '1.0.0').iterdir():
         content = file.read_bytes()
         (broken / file.name).write_bytes(content[:-9] if 'train' in file.name else content)
-    fails(f'tfds:swav_toy?data_dir={tmp_path}', '19 of its 20 examples')
+    assert '19 of its 20 examples' in refusal(f'tfds:swav_toy?data_dir={tmp_path}')

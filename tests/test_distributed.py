@@ -9,10 +9,9 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT, TINY, command, environment, free_port, one_of_two, rows, run
+from processes import ROOT, command, environment, free_port, one_of_two, rows, run
 
 FLAGS = (
-    *TINY,
     '--config.data.limit=128',
     '--config.data.batchsize_per_replica=8',
     '--config.loss.queue.queue_length=64',
@@ -145,7 +144,7 @@ def test_bad_images_of_all_processes_are_in_one_list_and_stop_all(start, tmp_pat
     ],
 )
 def test_flags_that_join_nothing_are_explained(flags, message, tmp_path):
-    ended = run(tmp_path, *TINY, *flags)
+    ended = run(tmp_path, *flags)
     assert ended.returncode == 2
     assert ended.stderr.startswith('error: ') and ended.stderr.count('\n') == 1
     assert message in ended.stderr

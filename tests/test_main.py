@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, real JPEGs, real kills."""
+"""The command line as a user meets it: real processes, real JPEGs."""
 
 import json
 import subprocess

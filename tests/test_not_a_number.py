@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT, TINY, environment, rows, run
+from processes import ROOT, environment, rows, run
 
 from swav_jax.data import pipeline
 
@@ -23,7 +23,6 @@ def flags(tmp_path_factory):
         pixels = rng.integers(0, 2, (28, 28)).astype(np.uint8)
         Image.fromarray(pixels if i != BAD else pixels + np.uint8(254)).save(folder / f'{i:02}.png')
     return (
-        *TINY,
         f'--config.data.source=folder:{folder}',
         '--config.data.mean=(0.0,)',
         '--config.data.std=(1e-20,)',
@@ -89,7 +88,6 @@ def test_bad_batches_are_left_out_also_after_a_resume(flags, tmp_path):
 def test_a_collapse_is_said_or_ends_the_run(tmp_path):
     """A temperature of 100 makes all scores alike: the loss is ln K."""
     flags = (
-        *TINY,
         '--config.loss.temperature=100.0',
         '--config.train.max_steps=9',
         '--config.train.collapse_patience=3',

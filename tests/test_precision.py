@@ -68,7 +68,7 @@ def tens(losses):
 def test_half_precision_ends_at_the_loss_of_float32():
     """From a state that has left the first steps behind, where rounding picks the way.
 
-    Whole demos end 4% apart by their seed alone.
+    Whole demos end up to 7% apart by their seed alone.
     """
     float32 = Training('float32')
     state, losses = float32.run(float32.state, 0, BEFORE)

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from processes import ROOT, TINY, command, environment, rows
+from processes import ROOT, command, environment, rows
 
 from swav_jax.config import default, to_dict
 from swav_jax.errors import UserError
@@ -28,7 +28,6 @@ def test_kills_lose_nothing():
 
 def on_devices(count, workdir, *flags):
     flags = (
-        *TINY,
         '--config.precision=float64',  # what is dealt out wrongly shows, and rounding does not
         '--config.loss.queue.queue_length=16',
         '--config.optimizer.num_epochs=3',

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torchvision
 from PIL import Image
-from refusals import fails
+from refusals import refusal
 
 from swav_jax.data import listing, sources
 from swav_jax.errors import UserError
@@ -29,7 +29,7 @@ def test_demo_is_the_published_fashion_mnist():
     assert test.labels[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
     assert train.class_names[9] == 'Ankle boot' and train.labels.dtype == np.int32
     assert train.name(3) == 'demo:train[3]'
-    fails('demo:val', 'demo:test')
+    assert 'demo:test' in refusal('demo:val')
 
 
 def test_limit_spreads_over_the_source_and_keeps_names():
@@ -88,15 +88,17 @@ def test_flat_folder_has_no_labels(tmp_path):
 
 
 def test_folder_mistakes(tmp_path):
-    fails(f'folder:{tmp_path}/missing', 'no folder', tmp_path / 'missing')
-    fails(f'folder:{tmp_path}', 'no images', '.jpeg')
+    text = refusal(f'folder:{tmp_path}/missing')
+    assert 'no folder' in text and str(tmp_path / 'missing') in text
+    text = refusal(f'folder:{tmp_path}')
+    assert 'no images' in text and '.jpeg' in text
     (tmp_path / 'file').write_text('')
-    fails(f'folder:{tmp_path}/file', 'no folder')
-    fails('imagenet', 'folder:/path')
-    fails('folder:', 'after the colon')
-    fails('filelist', 'after the colon')
-    fails('', 'folder:/path')
-    fails('demo', 'channels=4', channels=4)
+    assert 'no folder' in refusal(f'folder:{tmp_path}/file')
+    assert 'folder:/path' in refusal('imagenet')
+    assert 'after the colon' in refusal('folder:')
+    assert 'after the colon' in refusal('filelist')
+    assert 'folder:/path' in refusal('')
+    assert 'channels=4' in refusal('demo', channels=4)
     with pytest.raises(UserError, match=r'config\.evaluate\.test_source='):
         sources.open_source('nothing', channels=3, setting='config.evaluate.test_source')
 
@@ -134,7 +136,9 @@ def test_listing_of_many_files_is_fast_the_second_time(tmp_path):
 def test_cache_that_cannot_be_written_says_so(tmp_path):
     image_folder(tmp_path / 'data')
     (tmp_path / 'file').write_text('')
-    fails(f'folder:{tmp_path}/data', 'cannot be kept', cache_dir=str(tmp_path / 'file' / 'cache'))
+    assert 'cannot be kept' in refusal(
+        f'folder:{tmp_path}/data', cache_dir=str(tmp_path / 'file' / 'cache')
+    )
 
 
 def test_filelist_text(tmp_path):
@@ -164,27 +168,31 @@ def test_a_filelist_stays_below_its_folder(tmp_path):
     spec = f'filelist:{file}'
     for line in ('../x.jpg', 'images/../../x.jpg', './../x.jpg 3'):
         file.write_text(f'a.jpg 1\n{line}\n')
-        fails(spec, f'lies outside of {tmp_path}')
+        assert f'lies outside of {tmp_path}' in refusal(spec)
     file.write_text('/old//../../etc/x.jpg\n')
-    fails(f'{spec}?remove_img_path_prefix=/old&new_img_path_prefix=/new', 'lies outside of /new')
+    assert 'lies outside of /new' in refusal(
+        f'{spec}?remove_img_path_prefix=/old&new_img_path_prefix=/new'
+    )
     file.write_text('images/../a.jpg\n..a/b.jpg\n/somewhere/../else.jpg\n')
     assert len(sources.open_source(spec, channels=3)) == 3
 
 
 def test_filelist_never_loads_objects(tmp_path):
     np.save(tmp_path / 'objects.npy', np.array(['a', None], object), allow_pickle=True)
-    fails(f'filelist:{tmp_path}/objects.npy', 'Python objects')
-    fails(f'filelist:{tmp_path}/missing.txt', 'No such file')
+    assert 'Python objects' in refusal(f'filelist:{tmp_path}/objects.npy')
+    assert 'No such file' in refusal(f'filelist:{tmp_path}/missing.txt')
     (tmp_path / 'empty.txt').write_text('\n')
-    fails(f'filelist:{tmp_path}/empty.txt', 'no images')
+    assert 'no images' in refusal(f'filelist:{tmp_path}/empty.txt')
     (tmp_path / 'binary.txt').write_bytes(b'\xff\xfe\x00')
-    fails(f'filelist:{tmp_path}/binary.txt', 'UTF-8')
+    assert 'UTF-8' in refusal(f'filelist:{tmp_path}/binary.txt')
     np.save(tmp_path / 'numbers.npy', np.arange(3))
-    fails(f'filelist:{tmp_path}/numbers.npy', 'int64')
+    assert 'int64' in refusal(f'filelist:{tmp_path}/numbers.npy')
     (tmp_path / 'one.txt').write_text('a.jpg')
-    fails(f'filelist:{tmp_path}/one.txt?labels={tmp_path}/numbers.npy', '1 images, but 3 labels')
-    fails(f'filelist:{tmp_path}/one.txt?prefix=x', 'new_img_path_prefix')
-    fails(f'filelist:{tmp_path}/one.txt?remove_img_path_prefix=/old', '/old')
+    assert '1 images, but 3 labels' in refusal(
+        f'filelist:{tmp_path}/one.txt?labels={tmp_path}/numbers.npy'
+    )
+    assert 'new_img_path_prefix' in refusal(f'filelist:{tmp_path}/one.txt?prefix=x')
+    assert '/old' in refusal(f'filelist:{tmp_path}/one.txt?remove_img_path_prefix=/old')
 
 
 def test_synthetic():
@@ -195,7 +203,7 @@ def test_synthetic():
     images = ours.images.astype(float)
     # Images of a class look alike, those of different classes do not.
     assert np.abs(images[0] - images[10]).mean() < 60 < np.abs(images[0] - images[1]).mean()
-    fails('synthetic:30', 'COUNTxSIDE')
+    assert 'COUNTxSIDE' in refusal('synthetic:30')
 
 
 def test_listing_files_hold_json(tmp_path):

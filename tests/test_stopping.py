@@ -7,11 +7,11 @@ import sys
 import time
 
 import pytest
-from processes import ROOT, TINY, command, environment, free_port, one_of_two, rows, run
+from processes import ROOT, command, environment, free_port, one_of_two, rows, run
 
 from swav_jax.main import main
 
-FLAGS = (*TINY, '--config.optimizer.num_epochs=200', '--config.checkpoint.every_epochs=0')
+FLAGS = ('--config.optimizer.num_epochs=200', '--config.checkpoint.every_epochs=0')
 
 
 class Run:

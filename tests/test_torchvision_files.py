@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torchvision
-from refusals import fails
+from refusals import refusal
 
 from swav_jax.data import sources
 
@@ -81,7 +81,8 @@ def test_cifar10_pickles_cannot_run_code(tmp_path):
     write_cifar(tmp_path, lambda x: x.tolist())
     path = tmp_path / 'cifar-10-batches-py' / 'data_batch_3'
     path.write_bytes(pickle.dumps({'data': Evil(tmp_path / 'ran'), 'labels': []}, 2))
-    fails(f'torchvision:CIFAR10:{tmp_path}', 'damaged', 'getattr')
+    text = refusal(f'torchvision:CIFAR10:{tmp_path}')
+    assert 'damaged' in text and 'getattr' in text
     assert not (tmp_path / 'ran').exists()
 
 
@@ -137,12 +138,13 @@ def test_mnist_is_torchvisions(tmp_path, name, zipped):
 
 
 def test_torchvision_mistakes(tmp_path):
-    fails(f'torchvision:ImageNet:{tmp_path}', 'CIFAR10')
-    fails('torchvision:CIFAR10:/no/such/folder', '/no/such/folder')
-    fails(f'torchvision:CIFAR10:{tmp_path}', 'download')
-    fails(f'torchvision:MNIST:{tmp_path}', 'download')
+    assert 'CIFAR10' in refusal(f'torchvision:ImageNet:{tmp_path}')
+    assert '/no/such/folder' in refusal('torchvision:CIFAR10:/no/such/folder')
+    assert 'download' in refusal(f'torchvision:CIFAR10:{tmp_path}')
+    assert 'download' in refusal(f'torchvision:MNIST:{tmp_path}')
     write_idx(tmp_path / 'train-images-idx3-ubyte', np.zeros((3, 28, 28), np.uint8), False)
     write_idx(tmp_path / 'train-labels-idx1-ubyte', np.zeros((2, 2), np.uint8), False)
-    fails(f'torchvision:MNIST:{tmp_path}', 'damaged', 'dimensions')
+    text = refusal(f'torchvision:MNIST:{tmp_path}')
+    assert 'damaged' in text and 'dimensions' in text
     (tmp_path / 'train_32x32.mat').write_bytes(b'not matlab' * 100)
-    fails(f'torchvision:SVHN:{tmp_path}', 'damaged')
+    assert 'damaged' in refusal(f'torchvision:SVHN:{tmp_path}')

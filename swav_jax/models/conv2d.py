@@ -9,6 +9,7 @@ import functools
 import jax
 from jax import lax
 
+from swav_jax.mesh import vary_alike
 from swav_jax.models.conv2d_cpu import conv2d_cpu, conv2d_xla
 
 
@@ -27,15 +28,8 @@ def conv2d(
     Returns:
       (B, H', W', D) with H' = (H + 2·padding - kh) // stride + 1, and W' likewise.
     """
-    # Inside shard_map, kernels are often replicated while images vary between devices. The cast's
-    # transpose sums over the devices; with it outside, the backward pass below sees equal types.
-    axes = _varying_axes(x) | _varying_axes(kernel)
-    x, kernel = (lax.pcast(a, tuple(axes - _varying_axes(a)), to='varying') for a in (x, kernel))
+    x, kernel = vary_alike(x, kernel)
     return _conv2d(x, kernel, stride, padding, groups)
-
-
-def _varying_axes(a: jax.Array) -> frozenset[str]:
-    return jax.typeof(a).manual_axis_type.varying
 
 
 # Forward and backward pass choose separately: differentiated itself, the choice would keep what

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from swav_jax.mesh import vary_alike
 from swav_jax.models.remat import STATISTICS
 
 
@@ -59,8 +60,7 @@ class BatchNorm(nn.Module):
 
         # Initialisation wants shapes only, and happens outside of the mesh.
         shared, groups = ((), ()) if self.is_initializing() else self._axes()
-        # Cast outside: scale and bias are the same on all replicas, their gradients are not.
-        scale, bias = (_vary_as(x, p.astype(stats_dtype)) for p in (scale, bias))
+        x, scale, bias = vary_alike(x, scale.astype(stats_dtype), bias.astype(stats_dtype))
         y, moments = _normalize(x, scale, bias, shift, self.epsilon, shared, self.dtype)
         count = _count(x, shared)
         if not self.is_initializing():
@@ -130,9 +130,3 @@ def _shared(sums, axes):
 def _count(x, axes):
     """How many values each moment is taken over."""
     return x.size // x.shape[-1] * (lax.axis_size(axes) if axes else 1)
-
-
-def _vary_as(x, parameter):
-    """A parameter cast to vary over the mesh axes that x varies over."""
-    axes = [jax.typeof(a).manual_axis_type.varying for a in (x, parameter)]
-    return lax.pcast(parameter, tuple(axes[0] - axes[1]), to='varying')

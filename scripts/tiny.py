@@ -1,0 +1,23 @@
+"""The demo with a network of a single block, which compiles in seconds: for chaos.py and tests."""
+
+import runpy
+from pathlib import Path
+
+DEMO = Path(__file__).parent.parent / 'configs' / 'demo.py'
+
+
+def get_config():
+    """The demo on 32 of its images, with two crops each, without evaluation."""
+    config = runpy.run_path(str(DEMO))['get_config']()
+    config.data.batchsize_per_replica = 4
+    config.data.limit = 32
+    config.data.num_crops, config.data.size_crops = (2,), (16,)
+    config.data.crop_scales = ((0.4, 1.0),)
+    config.model.trunk.update(
+        name='regnet', depth=1, w_0=8, w_m=2.0, group_width=4, stem='imagenet', width_multiplier=1.0
+    )
+    config.model.head.dims, config.model.head.num_clusters = (0, 8, 4), (5,)
+    config.evaluate.train_source = config.evaluate.test_source = ''
+    config.evaluate.report = False
+    config.train.log_every_steps = 1
+    return config
