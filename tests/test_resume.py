@@ -56,7 +56,7 @@ def test_a_run_does_not_go_on_with_another_config(moved):
     changes = ('--config.seed=1', '--config.model.head.num_clusters=(6,)')
     other = on_devices(1, moved, *changes, '--config.loss.epsilon=0.04')
     assert other.returncode == 2 and other.stderr.count('\n') == 1
-    assert 'config.model.head.num_clusters [5] → [5, 6], config.seed 0 → 1)' in other.stderr
+    assert 'config.model.head.num_clusters [5] → [6], config.seed 0 → 1)' in other.stderr
     assert '--force' in other.stderr
 
 
