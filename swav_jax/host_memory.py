@@ -23,7 +23,7 @@ def keep_freed_memory() -> None:
         return
     mallopt(_ARENA_MAX, 1)
     mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    mallopt(_TRIM_THRESHOLD, -1)  # never
     mallopt(_TOP_PAD, 64 * 2**20)
 
 

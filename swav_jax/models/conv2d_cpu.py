@@ -72,17 +72,27 @@ def _few_pixels(x, kernel, stride, padding):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x, kernel, stride, padding):
+    *size, channels, features = kernel.shape
+    if size == [1, 1] and padding == 0:
+        return jnp.dot(x, kernel[0, 0])
+    if channels >= 256:  # faster than XLA's convolution by a fifth to a half
+        patches = _patches(x, size, stride, (padding, padding))
+        return jnp.dot(patches, kernel.reshape(-1, features)).reshape(*patches.shape[:-1], -1)
+    if channels < 32 and features <= 16:
+        return _few_channels(x, kernel, stride, padding)
+    return conv2d_xla(x, kernel, stride=stride, padding=padding)
+
+
+def _few_channels(x, kernel, stride, padding):
     """With fewer than 32 channels and at most 16 features, XLA is at 20 to 45 GFLOP/s.
 
     A window that is some strides wider yields neighbouring outputs as further features. That adds
     products with zeros, and takes half of the time.
     """
-    *size, channels, features = kernel.shape
-    if size == [1, 1] and padding == 0:
-        return jnp.dot(x, kernel[0, 0])
     height, width = _out_size(x, kernel, stride, padding)
+    features = kernel.shape[-1]
     block = 32 // features
-    if channels >= 32 or features > 16 or width % block:
+    if width % block:
         return conv2d_xla(x, kernel, stride=stride, padding=padding)
     shifts = [(stride * i, stride * (block - 1 - i)) for i in range(block)]
     wide = jnp.stack([jnp.pad(kernel, [(0, 0), s, (0, 0), (0, 0)]) for s in shifts], axis=3)
@@ -104,52 +114,66 @@ _conv.defvjp(_forward, _backward)
 
 
 def _kernel_gradient(x, kernel, dy, stride, padding):
+    """One matrix product over all pixels, 1.2 to 2.5 times as fast as XLA's convolution."""
     *size, channels, features = kernel.shape
     if size == [1, 1] and padding == 0:
         # 90 GFLOP/s with the narrower side first, 50 with the wider.
-        x, dy = x.reshape(-1, channels), dy.reshape(-1, features)
-        rows = (((0,), (0,)), ((), ()))
         narrow_first = channels <= features
-        dk = lax.dot_general(x, dy, rows) if narrow_first else lax.dot_general(dy, x, rows).T
-        return dk.reshape(kernel.shape)
-    # XLA transposes both operands, and in each transposition computes what made them (normalisation
-    # and rectifier) again, element by element: a tenth of a step. And it halves its speed where
-    # it sums over more than 32 images.
+        return (_rows_dot(x, dy) if narrow_first else _rows_dot(dy, x).T).reshape(kernel.shape)
+    # What made the operands (normalisation and rectifier) XLA would compute again for each use.
     x, dy = _computed_once(x), _computed_once(dy)
-    images = max(32, -(-len(x) // 8))
+    if stride == 1 and size == [2 * padding + 1] * 2:
+        # Moving x along one axis and dy along the other copies each 3 times, instead of x 9 times.
+        x = _patches(x, (1, size[1]), 1, (0, padding))
+        dy = _patches(dy, (size[0], 1), 1, (padding, 0))
+        dk = _rows_dot(dy, x).reshape(size[0], features, size[1], channels)
+        return dk[::-1].transpose(0, 2, 3, 1)
+    return _rows_dot(dy, _patches(x, size, stride, (padding, padding))).T.reshape(kernel.shape)
 
-    def part(i):
-        conv = functools.partial(conv2d_xla, x[i : i + images], stride=stride, padding=padding)
-        return jax.vjp(conv, kernel)[1](dy[i : i + images])[0]
 
-    return sum(part(i) for i in range(0, len(x), images))
+def _rows_dot(a, b):
+    """(..., m), (..., n) → (m, n), summed over all but the last axis."""
+    # As matrices: summing over several axes, XLA would first write a transposed.
+    a, b = (x.reshape(-1, x.shape[-1]) for x in (a, b))
+    return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
 def _image_gradient(x, kernel, dy, stride, padding):
-    """The convolution of dy with the mirrored kernel; with strides, products and their sums.
+    """Convolutions of dy with the mirrored kernel's parts, one for each phase of the pixels.
 
-    XLA would put zeros between the elements of a strided dy, and multiply with them.
+    Pixels (stride·q + r, stride·q' + r') meet every stride-th element of the kernel only. XLA would
+    put zeros between the elements of a strided dy, and multiply with them.
     """
-    kernel_height, kernel_width, channels, features = kernel.shape
-    if stride == 1 and kernel_height == kernel_width > padding:
-        mirrored = kernel[::-1, ::-1].swapaxes(2, 3)
-        return _conv(dy, mirrored, 1, kernel_height - 1 - padding)
-    height, width = _out_size(x, kernel, stride, padding)
+    batch, *size, channels = x.shape
+    height, width = (-(-n // stride) for n in size)
 
-    def windows(x):
-        x = jnp.pad(x, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
-        rows = [slice(i, i + stride * (height - 1) + 1, stride) for i in range(kernel_height)]
-        columns = [slice(j, j + stride * (width - 1) + 1, stride) for j in range(kernel_width)]
-        return jnp.stack([x[:, i, j] for i in rows for j in columns], axis=3)
+    def part(r, outputs, pixels, axis):
+        first, shift = (r + padding) % stride, (r + padding) // stride
+        length = len(range(first, kernel.shape[axis], stride))
+        return slice(first, None, stride), (length - 1 - shift, outputs + shift - pixels, 0)
 
-    sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
-    products = lax.dot_general(
-        dy.reshape(-1, features),
-        kernel.reshape(-1, features),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=sum_dtype,
-    ).reshape(*dy.shape[:3], -1, channels)
-    return jax.vjp(windows, x.astype(sum_dtype))[1](products)[0].astype(x.dtype)
+    def phase(row, column):
+        rows, pad_rows = part(row, height, dy.shape[1], 0)
+        columns, pad_columns = part(column, width, dy.shape[2], 1)
+        mirrored = kernel[rows, columns][::-1, ::-1].swapaxes(2, 3)
+        if 0 in mirrored.shape:
+            return jnp.zeros((batch, height, width, channels), x.dtype)
+        padded = lax.pad(dy, jnp.zeros((), dy.dtype), [(0,) * 3, pad_rows, pad_columns, (0,) * 3])
+        return _conv(padded, mirrored, 1, 0)
+
+    phases = [[phase(i, j) for j in range(stride)] for i in range(stride)]
+    dx = jnp.stack([jnp.stack(row, axis=3) for row in phases], axis=2)
+    return dx.reshape(batch, stride * height, stride * width, -1)[:, : size[0], : size[1]]
+
+
+def _patches(x, size, stride, padding):
+    """What a kernel of `size` meets at each pixel: (B, H', W', kh·kw·C)."""
+    x = jnp.pad(x, [(0, 0), (padding[0],) * 2, (padding[1],) * 2, (0, 0)])
+    rows, columns = (
+        [slice(i, n - k + i + 1, stride) for i in range(k)]
+        for n, k in zip(x.shape[1:3], size, strict=True)
+    )
+    return jnp.concatenate([x[:, i, j] for i in rows for j in columns], axis=-1)
 
 
 def _out_size(x, kernel, stride, padding):

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from swav_jax.models.relu import relu
+
 ACTIVATIONS = {
-    'relu': nn.relu,
+    'relu': relu,
     'gelu': lambda x: nn.gelu(x, approximate=False),
     'none': lambda x: x,
 }

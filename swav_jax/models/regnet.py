@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from swav_jax.errors import UserError
+from swav_jax.models.relu import relu
 from swav_jax.models.remat import run_stage
 
 STEM_WIDTH = 32
@@ -107,9 +108,9 @@ class Block(nn.Module):
         """(N, H, W, C) → (N, H / stride, W / stride, width)."""
         groups = self.width // self.group_width
         y = self.conv(self.width, 1, name='a_0')(x)
-        y = nn.relu(self.norm(name='a_1')(y, train))
+        y = relu(self.norm(name='a_1')(y, train))
         y = self.conv(self.width, 3, self.stride, groups, name='b_0')(y)
-        y = nn.relu(self.norm(name='b_1')(y, train))
+        y = relu(self.norm(name='b_1')(y, train))
         if self.se_ratio:
             # Relative to the block's input, which is narrower in the first block of a stage.
             y = self._squeeze_and_excite(y, round(self.se_ratio * x.shape[-1]))
@@ -118,13 +119,13 @@ class Block(nn.Module):
         if self.stride != 1 or x.shape[-1] != self.width:
             x = self.conv(self.width, 1, self.stride, name='proj_0')(x)
             x = self.norm(name='proj_1')(x, train)
-        return nn.relu(x + y)
+        return relu(x + y)
 
     def _squeeze_and_excite(self, y: jax.Array, squeezed: int) -> jax.Array:
         """Scales each channel by a function of all channels' means (Hu et al., 2018)."""
         wide = jnp.promote_types(y.dtype, jnp.float32)
         s = jnp.mean(y, (1, 2), keepdims=True, dtype=wide)
-        s = nn.relu(self.conv(squeezed, use_bias=True, name='se_fc1')(s))
+        s = relu(self.conv(squeezed, use_bias=True, name='se_fc1')(s))
         s = self.conv(y.shape[-1], use_bias=True, name='se_fc2')(s)
         return y * nn.sigmoid(s)
 
@@ -149,7 +150,7 @@ class RegNet(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images (N, H, W, channels) → features (N, F), float32 or wider."""
         x = self.conv(STEM_WIDTH, 3, 2 if self.stem == 'imagenet' else 1, name='stem_0')(x)
-        x = nn.relu(self.norm(name='stem_1')(x, train))
+        x = relu(self.norm(name='stem_1')(x, train))
         for i, stage in enumerate(stages(self.parameters)):
             block = partial(
                 Block,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from swav_jax.models.pool import max_pool
+from swav_jax.models.relu import relu
 from swav_jax.models.remat import run_stage
 
 BLOCKS = {
@@ -47,10 +48,10 @@ class BasicBlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """(N, H, W, C) → (N, H / stride, W / stride, planes)."""
         y = self.conv(self.planes, 3, self.stride, name='conv1')(x)
-        y = nn.relu(self.norm(name='bn1')(y, train))
+        y = relu(self.norm(name='bn1')(y, train))
         y = self.conv(self.planes, 3, name='conv2')(y)
         y = self.last_norm(name='bn2')(y, train)
-        return nn.relu(y + shortcut(self, x, y.shape, train))
+        return relu(y + shortcut(self, x, y.shape, train))
 
 
 class Bottleneck(nn.Module):
@@ -69,12 +70,12 @@ class Bottleneck(nn.Module):
         """(N, H, W, C) → (N, H / stride, W / stride, 4·planes)."""
         width = max(1, int(self.planes * self.width_per_group / 64)) * self.groups
         y = self.conv(width, 1, name='conv1')(x)
-        y = nn.relu(self.norm(name='bn1')(y, train))
+        y = relu(self.norm(name='bn1')(y, train))
         y = self.conv(width, 3, self.stride, self.groups, name='conv2')(y)
-        y = nn.relu(self.norm(name='bn2')(y, train))
+        y = relu(self.norm(name='bn2')(y, train))
         y = self.conv(4 * self.planes, 1, name='conv3')(y)
         y = self.last_norm(name='bn3')(y, train)
-        return nn.relu(y + shortcut(self, x, y.shape, train))
+        return relu(y + shortcut(self, x, y.shape, train))
 
 
 def shortcut(block: nn.Module, x: jax.Array, shape: tuple[int, ...], train: bool) -> jax.Array:
@@ -119,7 +120,7 @@ class ResNet(nn.Module):
             x = self.conv(width, 7, 2, name='conv1')(x)
         else:
             x = self.conv(width, 3, name='conv1')(x)
-        x = nn.relu(self.norm(name='bn1')(x, train))
+        x = relu(self.norm(name='bn1')(x, train))
         if self.stem == 'imagenet':
             x = max_pool(x)
 
