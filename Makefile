@@ -1,6 +1,7 @@
 # make demo   train SwAV on the embedded data, and show what it learned
-# make test   lint and run all tests
-# Both make .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
+# make test   lint, and run the tests that are not slow
+# make slow   run the slow ones: minutes of training, processes that are killed
+# Each makes .venv first. PYTHON chooses the interpreter: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,13 +10,16 @@ BIN := $(VENV)/bin
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -n 1)
 JAX := $(if $(GPU),jax[cuda13],jax)
 
-.PHONY: demo test lint install clean
+.PHONY: demo test slow lint install clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m swav_jax.main --config configs/demo.py --workdir runs/demo
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not slow'
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ import optax
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import models, plan, step
+from swav_jax import models, plan, step, xla_settings
 from swav_jax.host_memory import give_back_freed_memory, keep_freed_memory
 from swav_jax.initial_state import make_schedule, make_state
 from swav_jax.mesh import AXES, make_mesh
@@ -288,7 +288,8 @@ def main(name: str, kind: str) -> None:
     if kind == 'peer':
         import torch  # before the first look at the memory
     else:
-        keep_freed_memory()  # as swav_jax.main does
+        xla_settings.set_defaults()  # as swav_jax.main does, and with it
+        keep_freed_memory()
     config, before = make_config(TASKS[name]), resident()
     run = peer_run(TASKS[name], config) if kind == 'peer' else our_run(config, kind)
     run()

@@ -9,7 +9,8 @@ import functools
 import jax
 from jax import lax
 from jax import numpy as jnp
-from jax.experimental.xla_metadata import set_xla_metadata
+
+from swav_jax.models.materialize import computed_once
 
 
 def conv2d_xla(x, kernel, *, stride, padding, groups=1):
@@ -120,8 +121,7 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
         # 90 GFLOP/s with the narrower side first, 50 with the wider.
         narrow_first = channels <= features
         return (_rows_dot(x, dy) if narrow_first else _rows_dot(dy, x).T).reshape(kernel.shape)
-    # What made the operands (normalisation and rectifier) XLA would compute again for each use.
-    x, dy = _computed_once(x), _computed_once(dy)
+    x, dy = computed_once(x), computed_once(dy)
     if stride == 1 and size == [2 * padding + 1] * 2:
         # Moving x along one axis and dy along the other copies each 3 times, instead of x 9 times.
         x = _patches(x, (1, size[1]), 1, (0, padding))
@@ -178,17 +178,3 @@ def _patches(x, size, stride, padding):
 
 def _out_size(x, kernel, stride, padding):
     return tuple((x.shape[i + 1] + 2 * padding - kernel.shape[i]) // stride + 1 for i in (0, 1))
-
-
-@jax.jit
-def _identity(a):
-    return a
-
-
-def _computed_once(a):
-    """`a`, handed through a function whose border XLA does not fuse across.
-
-    On the CPU it drops `lax.optimization_barrier` before it fuses.
-    """
-    with set_xla_metadata(inlineable='false'):
-        return _identity(a)
