@@ -111,6 +111,11 @@ def rows_of_all(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.concatenate(multihost_utils.process_allgather(x)) for x in arrays)
 
 
+def is_first() -> bool:
+    """Whether this process, which need not have joined the others, is number 0."""
+    return jax.distributed.is_initialized() and jax.process_index() == 0
+
+
 def largest(number: int) -> int:
     """The largest of all processes' numbers."""
     return max(map(int, _gather(str(number))))

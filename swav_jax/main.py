@@ -28,6 +28,7 @@ one line; 3 not a number or a collapse; 4 stopped by Ctrl-C with a checkpoint.
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,6 +209,8 @@ def _train_with_others(values: flags.FlagValues, signals: Signals) -> int:
     if code:
         sys.stdout.flush()
         sys.stderr.flush()
+        if distributed.is_first():
+            time.sleep(3)  # the others abort when its coordination service ends before they do
         os._exit(code)
     return code
 

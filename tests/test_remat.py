@@ -36,6 +36,7 @@ def test_the_training_is_the_same(trunk):
         )
 
 
+@pytest.mark.slow
 def test_each_crop_has_statistics_of_its_own_in_a_pass_per_crop():
     """One crop a group makes passes of one crop either way, and then nothing may differ."""
     groups = {'data.num_crops': (1, 1, 1), 'data.size_crops': (16, 8, 16)}

@@ -46,6 +46,7 @@ def test_a_sliced_float16_run_skips_an_overflow_as_a_whole_one_does():
         jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
 
 
+@pytest.mark.slow
 def test_memory_per_device_falls_as_the_mesh_grows():
     held = []
     for devices in (1, 2, 4, 8):
