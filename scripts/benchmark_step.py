@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import re
 import statistics
 import subprocess
@@ -57,7 +56,7 @@ def measure(names: list[str], peer: bool, rounds: int) -> Figures:
     """Figures of each task; times in seconds, memory in MB."""
     found: Figures = {
         'device': jax.devices()[0].device_kind,
-        'cores': cores(),
+        'cores': xla_settings.cores(),
         'rounds': rounds,
     }
     for name in names:
@@ -237,7 +236,7 @@ def peer_run(task: Task, config: ConfigDict) -> Callable[[], None]:
     on_gpu = jax.default_backend() == 'gpu'
     device = 'cuda' if on_gpu else 'cpu'
     if not on_gpu:
-        torch.set_num_threads(cores())
+        torch.set_num_threads(xla_settings.cores())
     _, hidden, dim = config.model.head.dims
     width = models.trunk_output_dim(config.model.trunk)
     twin = Twin(task.arch, width, hidden, dim, config.model.head.num_clusters[0])
@@ -262,11 +261,6 @@ def peer_run(task: Task, config: ConfigDict) -> Callable[[], None]:
             torch.cuda.synchronize()
 
     return run
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def resident(*, largest: bool = False) -> float:

@@ -4,6 +4,7 @@ The order of operations is apex's and PyTorch's: decay and LARC act on the gradi
 the result, the learning rate multiplies the sum. (optax.lars multiplies before the momentum.)
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+
+from swav_jax.materialize import computed_once
 
 Schedule = Callable[[Any], Any]
 
@@ -172,6 +175,8 @@ def make_optimizer(
         regularize_bias=optimizer['regularize_bias'],
     )
     weight_decay, momentum = optimizer['weight_decay'], optimizer['momentum']
+    if callable(learning_rate):
+        learning_rate = functools.partial(_rate_for_all, learning_rate)
     larc = optimizer['larc_config']
     if optimizer['name'] == 'lars':
         tx = optax.lars(
@@ -198,6 +203,11 @@ def make_optimizer(
         trace = optax.trace(momentum, nesterov=optimizer['nesterov'])
         tx = optax.chain(scale, trace, optax.scale_by_learning_rate(learning_rate))
     return freeze_first(tx, frozen_iters)
+
+
+def _rate_for_all(schedule, count):
+    # XLA would compute the schedule anew for every parameter: a quarter of a RegNet's program.
+    return computed_once(jnp.asarray(schedule(count)))
 
 
 # --- Schedules: functions of where = position in the run, from 0 to 1 --------------------------

@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, real JPEGs."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -174,3 +175,21 @@ def test_help_answers_at_once_and_lists_the_settings():
     )
     assert done.returncode == 0 and time.monotonic() - start < 5
     assert '--config.loss.epsilon=0.03' in done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, 'sched_setaffinity'), reason='no cores can be set apart')
+@pytest.mark.parametrize('named', ['', '/named'])
+def test_programs_compiled_for_other_cores_are_not_taken(named):
+    """XLA divides work among the cores it compiled with, which JAX's key does not contain."""
+    code = (
+        'import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); '
+        'from swav_jax import xla_settings; xla_settings.set_defaults(); '
+        'print(os.environ["JAX_COMPILATION_CACHE_DIR"])'
+    )
+    env = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+    if named:
+        env['JAX_COMPILATION_CACHE_DIR'] = named
+    found = subprocess.run(
+        [sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert found == named or found.endswith('swav_jax/xla/1_cores')
