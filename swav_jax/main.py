@@ -102,7 +102,9 @@ def _check_settings(argv: Sequence[str], config: ConfigDict | None) -> None:
     known = dict(settings.flatten(config)) if names else {}
     for name in names:
         if name.partition('[')[0] not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            last = name.rpartition('.')[2]
+            same = [n for n in known if n.rpartition('.')[2] == last]  # in another section
+            near = difflib.get_close_matches(name, same or known, n=1, cutoff=0)[0]
             raise UserError(f'--{name} is not a setting; the nearest one is --{near}')
 
 

@@ -10,15 +10,21 @@ from swav_jax.errors import RunFailedError
 
 
 class SkipBatches(Exception):
-    """Training goes on from the last checkpoint, and past batch `last`."""
+    """Training goes on from the last checkpoint, and past batch `last`, for the `count`th time."""
 
-    def __init__(self, last: int):
-        super().__init__(last)
-        self.last = last
+    def __init__(self, last: int, count: int):
+        super().__init__(last, count)
+        self.last, self.count = last, count
 
 
 def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: int) -> None:
     """End the run, or begin again without the batches that led here.
+
+    Args:
+      config: the settings.
+      folder: the dump.
+      step, batch: the step, and the number of its batch.
+      skips: how often this run began again already.
 
     Raises:
       SkipBatches: `config.train.on_nan` is 'skip', and not too often did it.
@@ -29,7 +35,7 @@ def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: in
     if config.train.on_nan == 'skip' and skips < most:
         if jax.process_index() == 0:
             print(f'{text}. Leaving out the batches since the last checkpoint', file=sys.stderr)
-        raise SkipBatches(batch)
+        raise SkipBatches(batch, skips + 1)
     if config.train.on_nan == 'skip':
         text += f'. Batches were left out config.train.max_nan_skips={most} times already'
     raise RunFailedError(

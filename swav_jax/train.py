@@ -71,12 +71,12 @@ def run(
             check_float64(config)
             workdir = open_workdir(workdir)
             stack.enter_context(locked(workdir))
-        bad_batch = None
+        skip = None
         while True:
             try:
-                return train(config, workdir, signals or Signals(), force, profile, bad_batch)
-            except SkipBatches as skip:
-                bad_batch = skip.last
+                return train(config, workdir, signals or Signals(), force, profile, skip)
+            except SkipBatches as one_more:
+                skip = one_more
 
 
 def train(
@@ -85,13 +85,13 @@ def train(
     signals: Signals,
     force: bool,
     profile: int,
-    bad_batch: int | None,
+    skip: SkipBatches | None,
 ) -> Results:
     """From the last checkpoint to the end, as `run` says.
 
     Args:
       config, workdir, signals, force, profile: as in `run`.
-      bad_batch: leave out the batches from the last checkpoint to this one.
+      skip: leave out the batches from the last checkpoint to this one's last.
 
     Raises:
       SkipBatches: a step is not finite, and `config.train.on_nan` is 'skip'.
@@ -126,8 +126,10 @@ def train(
         elif config.init_from:
             state = start_from(config, layout, state)
     first_step = int(state.step)
-    if bad_batch is not None:
-        notes['left_out'].append([batch_of_step(first_step + 1, notes['left_out']), bad_batch])
+    if skip is not None:
+        notes['left_out'].append([batch_of_step(first_step + 1, notes['left_out']), skip.last])
+    # Without a checkpoint in between, skips before this one became part of it.
+    skips = max(len(notes['left_out']), skip.count if skip else 0)
     first_batch = batch_of_step(first_step + 1, notes['left_out'])
     write_config(config, workdir)
     monitor = Monitor(
@@ -207,7 +209,7 @@ def train(
             about = describe(config, sizes) | {'step': step, 'batch': number}
             folder = nan_dump.write(workdir, net, config, layout, state, again, about)
             checkpoints.close()
-            after_nan(config, folder, step, number, len(notes['left_out']))
+            after_nan(config, folder, step, number, skips)
 
         for step in range(first_step + 1, sizes.last_step + 1):
             batch, data_wait = fetch(batches, news)

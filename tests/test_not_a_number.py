@@ -85,6 +85,21 @@ def test_bad_batches_are_left_out_also_after_a_resume(flags, tmp_path):
 
 
 @pytest.mark.slow
+def test_skips_without_a_checkpoint_in_between_count_too(tmp_path):
+    """A learning rate that ruins every step: the run once began again for ever."""
+    done = run(
+        tmp_path,
+        '--config.optimizer.param_schedulers.lr.auto_lr_scaling.base_value=1e30',
+        '--config.optimizer.use_larc=False',
+        '--config.train.on_nan=skip',
+        '--config.train.max_nan_skips=2',
+    )
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count('Leaving out the batches') == 2
+    assert 'left out config.train.max_nan_skips=2 times already' in done.stderr
+
+
+@pytest.mark.slow
 def test_a_collapse_is_said_or_ends_the_run(tmp_path):
     """A temperature of 100 makes all scores alike: the loss is ln K."""
     flags = (
