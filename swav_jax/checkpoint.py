@@ -306,11 +306,14 @@ class Checkpoints:
             if jax.process_index() == 0:
                 self._delete_temporaries()
             self._manager.reload()
+            steps = self._manager.all_steps()
+            # The arrays; small ones take less than their files, of which each fills whole blocks.
+            needed = max([self._needed_bytes, *(_size_on_disk(self._path(step)) for step in steps)])
             raise UserError(
                 f'no space for a checkpoint in {self._directory}: it needs up to '
-                f'{self._needed_bytes / 1e6:,.1f} MB, '
+                f'{needed / 1e6:,.1f} MB, '
                 f'{shutil.disk_usage(self._directory).free / 1e6:,.1f} MB are free; checkpoints on '
-                f'disk: {self._manager.all_steps() or "none"}, intact. Make room or lower '
+                f'disk: {steps or "none"}, intact. Make room or lower '
                 'config.checkpoint.keep, then start again'
             ) from error
 
@@ -334,6 +337,11 @@ def _quiet_orbax() -> None:
             hook(unraisable)
 
     sys.unraisablehook = all_but_abandoned_coroutines
+
+
+def _size_on_disk(folder: Path) -> int:
+    """Bytes of the blocks that a folder's files fill."""
+    return sum(path.lstat().st_blocks * 512 for path in folder.rglob('*'))
 
 
 def _is_about_space(error: BaseException | None) -> bool:
