@@ -206,7 +206,7 @@ def make_optimizer(
 
 
 def _rate_for_all(schedule, count):
-    # XLA would compute the schedule anew for every parameter: a quarter of a RegNet's program.
+    # XLA would compute the schedule anew for every parameter: a sixth of a RegNet's program.
     return computed_once(jnp.asarray(schedule(count)))
 
 

@@ -18,7 +18,7 @@ def set_defaults() -> None:
 
     On the CPU each number of cores has a folder of its own in it. XLA shares work out among the
     cores when it compiles, and JAX would not notice: compiled with one core, a RegNet's step takes
-    a quarter longer on two.
+    a sixth longer on two.
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'swav_jax' / 'xla'
     on_gpu = Path('/dev/nvidiactl').exists()
