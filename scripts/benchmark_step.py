@@ -69,9 +69,6 @@ def measure_task(name: str, peer: bool, rounds: int) -> Figures:
     config = make_config(TASKS[name])
     batch = config.data.batchsize_per_replica
     kinds = [*KINDS, *(['peer'] if peer else [])]
-    for kind in KINDS:  # as a second start: the first would compile in the process it measures
-        with Child(name, kind):
-            pass
     with contextlib.ExitStack() as stack:
         runs = {kind: stack.enter_context(Child(name, kind)) for kind in kinds}
         seconds = {kind: [] for kind in kinds}

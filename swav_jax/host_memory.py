@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 # malloc.h: parameters of mallopt.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 
 
 def keep_freed_memory() -> None:
@@ -15,13 +15,15 @@ def keep_freed_memory() -> None:
     fresh pages, which the kernel clears one by one: a fifth of the time of a step of the demo
     (38,000 page faults). On a machine with a GPU the scratch lies there, and the many threads that
     decode images do better with glibc's defaults; elsewhere than on Linux this does nothing.
+
+    The number of arenas stays glibc's. With one for all threads, matrix products would look for
+    their scratch among the gaps that compiling left in it: half as long again for a RegNet's step.
     """
     if sys.platform != 'linux' or Path('/dev/nvidiactl').exists():
         return
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is None:  # another C library than glibc
         return
-    mallopt(_ARENA_MAX, 1)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, -1)  # never
     mallopt(_TOP_PAD, 64 * 2**20)

@@ -37,7 +37,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from swav_jax import config as settings
-from swav_jax import xla_settings
 from swav_jax.errors import RunFailedError, SaidElsewhereError, StoppedError, UserError
 from swav_jax.host_memory import keep_freed_memory
 from swav_jax.signals import Signals
@@ -143,6 +142,8 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return _tell(error)
     keep_freed_memory()
+    from swav_jax import xla_settings  # late, so that --help and mistakes in flags answer at once
+
     xla_settings.set_defaults()
     with Signals() as signals:
         if not _is_distributed(values):
@@ -152,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _train(values: flags.FlagValues, signals: Signals) -> int:
     try:
-        from swav_jax import train  # late, so that --help and mistakes in flags answer at once
+        from swav_jax import train
 
         train.run(
             values.config,
