@@ -142,10 +142,10 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         return _tell(error)
     keep_freed_memory()
-    from swav_jax import xla_settings  # late, so that --help and mistakes in flags answer at once
+    with Signals() as signals:  # before JAX starts threads, to which signals would go instead
+        from swav_jax import xla_settings  # late, so that --help and mistakes answer at once
 
-    xla_settings.set_defaults()
-    with Signals() as signals:
+        xla_settings.set_defaults()
         if not _is_distributed(values):
             return _train(values, signals)
         return _train_with_others(values, signals)
