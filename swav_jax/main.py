@@ -200,7 +200,8 @@ def _train_with_others(values: flags.FlagValues, signals: Signals) -> int:
         code = _tell(error)
     except Exception as error:
         code = 1
-        if type(error).__name__ == 'JaxRuntimeError':
+        # A step on the CPU, made when it is called, raises what Gloo says as a ValueError.
+        if type(error).__name__ == 'JaxRuntimeError' or 'Gloo' in str(error):
             reason = str(error).strip().partition('\n')[0]
             print(
                 f'error: another process has ended ({reason}): start all of them again, the run '

@@ -11,7 +11,7 @@ from processes import ROOT, command, environment, free_port, one_of_two, rows, r
 
 from swav_jax.main import main
 
-FLAGS = ('--config.optimizer.num_epochs=200', '--config.checkpoint.every_epochs=0')
+FLAGS = ('--config.optimizer.num_epochs=9999', '--config.checkpoint.every_epochs=0')
 
 
 class Run:
