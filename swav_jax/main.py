@@ -214,7 +214,7 @@ def _train_with_others(values: flags.FlagValues, signals: Signals) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         if distributed.is_first():
-            time.sleep(3)  # the others abort when its coordination service ends before they do
+            time.sleep(10)  # the others abort when its coordination service ends before they do
         os._exit(code)
     return code
 
