@@ -149,7 +149,7 @@ def test_filelist_text(tmp_path):
     assert plain.labels is None
     (tmp_path / 'labelled.txt').write_text('images/a b.png 3\n/gone/2 3.jpg\t12\n')
     labelled = sources.open_source(f'filelist:{tmp_path}/labelled.txt', channels=3)
-    assert labelled.paths == plain.paths and labelled.labels.tolist() == [3, 12]
+    assert labelled.paths == plain.paths and labelled.label_ids().tolist() == [3, 12]
 
 
 def test_filelist_of_vissl_with_moved_images(tmp_path):
@@ -160,7 +160,7 @@ def test_filelist_of_vissl_with_moved_images(tmp_path):
         '&remove_img_path_prefix=/old/&new_img_path_prefix=/new/'
     )
     ours = sources.open_source(spec, channels=3)
-    assert ours.paths[:2] == ['/new/a.jpg', '/new/b.jpg'] and ours.labels.tolist() == [5, 1, 2]
+    assert ours.paths[:2] == ['/new/a.jpg', '/new/b.jpg'] and ours.label_ids().tolist() == [5, 1, 2]
 
 
 def test_a_filelist_stays_below_its_folder(tmp_path):

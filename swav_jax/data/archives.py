@@ -96,7 +96,9 @@ class TfdsSource(RangeSource):
     """
 
     def __init__(self, files, ranges, names, image_key, label_key, class_names):
-        super().__init__(files, ranges, names, None, class_names)
+        super().__init__(files, ranges, names)
+        if label_key is not None:
+            self.class_names, self.class_ids = class_names, np.arange(len(class_names))
         self.image_key, self.label_key = image_key, label_key
 
     @property

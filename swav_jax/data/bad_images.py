@@ -7,6 +7,7 @@ import numpy as np
 
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
+from swav_jax.printable import printable
 
 
 class BadImages:
@@ -43,7 +44,7 @@ class BadImages:
         new = {int(i) for i in index[(weight == 0) & (index >= 0)]} - self.names.keys()
         if not new:
             return []
-        self.names |= {i: _one_line(self.source.name(i)) for i in sorted(new)}
+        self.names |= {i: printable(self.source.name(i)) for i in sorted(new)}
         if self.writes:
             self._write()
         bad, whole = len(self.names), len(self.source)
@@ -63,8 +64,3 @@ class BadImages:
         part = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
         part.write_text(''.join(f'{line}\n' for line in lines))
         part.replace(self.path)
-
-
-def _one_line(name: str) -> str:
-    """A name without line breaks, and without bytes that are no text."""
-    return ' '.join(name.encode('utf-8', 'backslashreplace').decode().splitlines())

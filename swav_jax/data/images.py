@@ -5,7 +5,8 @@ Nothing here decodes an image or imports TensorFlow.
 
 import abc
 import copy
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,61 @@ import numpy as np
 class Source(abc.ABC):
     """Images by number, 0 … len - 1.
 
+    Args:
+      labels: (len,) whole numbers, -1 where the class is not known; None of images without labels.
+      class_names: what labels 0, 1, … are called; None where labels are ids of any kind.
+      notes: see below.
+
     Attributes:
-      class_names: the name of each label, or None.
+      class_names: the name of each label, that of an id being its digits; None without labels.
+      class_ids: (C,) what the data call the classes: 0, 1, … where they have names, else the ids.
+      notes: lines for the user, such as what was left out and why.
     """
 
-    def __init__(self, labels: np.ndarray | None = None, class_names: Sequence[str] | None = None):
-        self._labels = None if labels is None else np.asarray(labels, np.int32)
-        self.class_names = None if class_names is None else list(class_names)
+    def __init__(
+        self,
+        labels: np.ndarray | None = None,
+        class_names: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
+    ):
+        self._labels = self.class_names = self.class_ids = None
+        self.notes = tuple(notes)
+        if labels is not None:
+            self._labels, self.class_names, self.class_ids = number_classes(labels, class_names)
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 (len,), or None where nothing is known about the images."""
+        """int32 (len,) indices of `class_names`, -1 where not known; None where none is."""
         return self._labels
+
+    def label_ids(self) -> np.ndarray | None:
+        """(len,) `labels` as the data have them: `class_ids`, -1 where not known."""
+        labels = self.labels
+        if labels is None:
+            return None
+        return np.append(self.class_ids, np.array(-1, self.class_ids.dtype))[labels]
+
+    def digest(self, *, labels: bool = False) -> str:
+        """Which images these are and in which order, in 16 hexadecimal digits.
+
+        Two sources with the same digest have the same names, byte ranges or, in memory, pixels.
+        Files are not read.
+
+        Args:
+          labels: whether labels and the names of the classes count, too.
+        """
+        digest = hashlib.sha256()
+        for part in self._identity():
+            digest.update(part)
+        if labels and self.labels is not None:
+            digest.update(np.int32(self.labels).tobytes())
+            digest.update('\0'.join(self.class_names).encode('utf-8', 'surrogateescape'))
+        return digest.hexdigest()[:16]
+
+    def _identity(self) -> Iterator[bytes]:
+        """What tells these images from others; the names, unless there is more."""
+        for i in range(len(self)):
+            yield self.name(i).encode('utf-8', 'surrogateescape') + b'\0'
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -76,6 +120,10 @@ class ArraySource(Source):
     def read(self, index: int) -> np.ndarray:
         """The image itself."""
         return self.images[index]
+
+    def _identity(self) -> Iterator[bytes]:
+        yield repr(self.images.shape).encode()
+        yield from map(np.ascontiguousarray, self.images)
 
     def _select(self, indices: np.ndarray) -> None:
         self.images, self.numbers = self.images[indices], self.numbers[indices]
@@ -134,6 +182,36 @@ class RangeSource(Source):
             file.seek(start)
             return file.read(count)
 
+    def _identity(self) -> Iterator[bytes]:
+        yield from super()._identity()
+        yield np.ascontiguousarray(self.ranges).tobytes()
+
     def _select(self, indices: np.ndarray) -> None:
         self.ranges = self.ranges[indices]
         self.names = [self.names[i] for i in indices]
+
+
+def number_classes(
+    labels: np.ndarray, class_names: Sequence[str] | None
+) -> tuple[np.ndarray | None, list[str] | None, np.ndarray | None]:
+    """Labels as indices of class names: see `Source` for arguments, `labels` and `class_ids`.
+
+    Raises:
+      ValueError: a label has no name.
+    """
+    labels = np.asarray(labels)
+    known = labels != -1
+    if not known.any():
+        return None, None, None
+    if class_names is None:
+        ids, numbers = np.unique(labels[known], return_inverse=True)
+        numbered = np.full(len(labels), -1, np.int32)
+        numbered[known] = numbers
+        return numbered, [str(i) for i in ids], ids
+    outside = known & ((labels < 0) | (labels >= len(class_names)))
+    if outside.any():
+        raise ValueError(
+            f'image {outside.argmax()} has the label {labels[outside][0]}, but there are '
+            f'{len(class_names)} classes'
+        )
+    return labels.astype(np.int32), list(class_names), np.arange(len(class_names))

@@ -14,6 +14,7 @@ from swav_jax.data import decode, pipeline
 from swav_jax.data.images import ArraySource, Source
 from swav_jax.evaluate import clusters, knn
 from swav_jax.evaluate.features import Features
+from swav_jax.printable import printable
 
 THUMBNAIL = 64  # pixels
 
@@ -100,7 +101,7 @@ def crops(source: Source, config: ConfigDict, *, images: int) -> list[list[np.nd
 
 def class_name(source: Source, label: int) -> str:
     """What a label is called."""
-    return source.class_names[label] if source.class_names else f'class {label}'
+    return printable(source.class_names[label]) if label >= 0 else 'unknown'
 
 
 def thumbnail(source: Source, index: int, size: int = THUMBNAIL) -> np.ndarray:
