@@ -5,7 +5,8 @@ renames it when all of it is on disk, so a process that dies leaves the previous
 were. What it does not do is notice a bit that changed on disk: the chunks that hold the arrays
 carry no checksum. Each array therefore gets a digest, taken on the devices before it is written and
 again after it was read, which covers the whole way there and back and does not depend on how the
-array is sharded.
+array is sharded. The first checkpoint that a process saves is read back, since what fails on it, a
+file system or a path, fails on all.
 """
 
 import contextlib
@@ -15,9 +16,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +31,28 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from swav_jax import digest
-from swav_jax.errors import UserError
+from swav_jax.errors import SaidElsewhereError, UserError
+from swav_jax.printable import printable
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# What keeps a process from a file, whatever the file holds.
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
+# What else a file system answers to a writer.
+_REFUSED = (
+    *_NO_ACCESS, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTEMPTY,
+)  # fmt: skip
+
+# Orbax looks for files by patterns (`*`, `[1]`), TensorStore takes paths for URLs and text (`gs:/`,
+# a backslash, bytes that are no UTF-8): a path of other characters is given to them as a link.
+_PLAIN = re.compile(r'[\w ./,=+@~-]*')
+_LONGEST = 1000  # bytes of a path, to which they add some hundred
+_READ_AT_ONCE = 2**28  # bytes, of a checkpoint that is read back
 
 
 class _DamagedError(Exception):
@@ -55,23 +74,17 @@ class Checkpoints:
     def __init__(self, directory: Path | str, *, keep: int = 2, keep_every_steps: int = 0):
         _quiet_orbax()
         self._directory = Path(directory).absolute()
-        policies = [checkpoint_managers.LatestN(keep)]
+        self._shown = printable(self._directory)
+        self._policies = [checkpoint_managers.LatestN(keep)]
         if keep_every_steps:
-            policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                create=False,  # whoever only looks leaves no empty folder behind
-            ),
-            item_handlers={
-                'state': ocp.StandardCheckpointHandler(),
-                'metadata': ocp.JsonCheckpointHandler(),
-            },
-        )
+            self._policies.append(checkpoint_managers.EveryNSteps(keep_every_steps))
+        self._manager: ocp.CheckpointManager | None = None
+        self._remove_link: Callable[[], Any] = lambda: None
         self._damaged: list[int] = []
         self._tidy = False
         self._needed_bytes = 0
+        self._first_saved: int | None = None
+        self._read_back = False
 
     def save(self, step: int, state: Any, metadata: dict) -> None:
         """Begin to save `state`; returns as soon as the arrays may be changed or donated.
@@ -82,16 +95,19 @@ class Checkpoints:
             metadata: what JSON can hold; `restore` hands it back.
 
         Raises:
-            UserError: the disk is full, now or while the previous checkpoint was written.
+            UserError: the disk is full, now or while the previous checkpoint was written; the
+                folder was deleted or moved meanwhile; the first checkpoint cannot be read back.
         """
         with self._explained():
-            self._manager.wait_until_finished()
+            self._finish_save()
             if not self._tidy:
                 self._tidy_up()
+            if not _on_all_processes(self._directory.is_dir()):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._directory)
             if step in self._manager.all_steps():
                 return
             self._needed_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-            content = {'arrays': _describe(state), 'metadata': metadata}
+            content = {'step': step, 'arrays': _describe(state), 'metadata': metadata}
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -99,6 +115,8 @@ class Checkpoints:
                     metadata=ocp.args.JsonSave(content | {'sha256': _sha256(content)}),
                 ),
             )
+            if self._first_saved is None:
+                self._first_saved = step
 
     def restore(
         self, like: Any, accept: Callable[[dict], None] = lambda metadata: None
@@ -109,7 +127,8 @@ class Checkpoints:
             like: the state's pytree, of arrays or `jax.ShapeDtypeStruct`. Their shardings say where
                 the arrays go (the first device where there is none), which may be another number
                 of devices than the run had that saved them.
-            accept: is shown the metadata before the arrays, and may raise a UserError.
+            accept: is shown the metadata before the arrays, and may raise a UserError. Whatever
+                else it raises makes the checkpoint a damaged one.
 
         Returns:
             The state and the metadata that were saved, or None where no checkpoint is.
@@ -128,13 +147,17 @@ class Checkpoints:
         return found and found[1:]
 
     def read(
-        self, parts: Collection[str], step: int | None = None
+        self,
+        parts: Collection[str],
+        step: int | None = None,
+        accept: Callable[[dict], None] = lambda metadata: None,
     ) -> tuple[int, dict[str, Any], dict]:
         """Read parts of a state without knowing the rest: what an evaluation or an export needs.
 
         Args:
             parts: names of fields of the state that are nested dicts of arrays, as 'params'.
             step: which checkpoint; None is the newest one that loads.
+            accept: as in `restore`.
 
         Returns:
             The step, the parts with their arrays on the first device, and the metadata.
@@ -142,13 +165,14 @@ class Checkpoints:
         Raises:
             UserError: there is no such checkpoint, or none that loads.
         """
-        have = sorted(self._manager.all_steps())
+        have = self._steps()
         if not have or step not in (None, *have):
             wanted = 'any checkpoint' if step is None else f'a checkpoint of step {step}'
             steps = f'only of {", ".join(map(str, have))}' if have else 'it is empty'
-            raise UserError(f'{self._directory} does not hold {wanted}, {steps}')
+            raise UserError(f'{self._shown} does not hold {wanted}, {steps}')
 
         def arguments(step, content):
+            accept(content['metadata'])
             saved = content['arrays']
             wanted = _nested({n: x for n, x in saved.items() if n.partition('/')[0] in parts})
             return ocp.args.PyTreeRestore(
@@ -161,59 +185,165 @@ class Checkpoints:
         return self._newest_that_loads(ocp.PyTreeCheckpointHandler, arguments, steps)
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, or None."""
-        return self._manager.latest_step()
+        """Step of the newest checkpoint, sound or not, or None."""
+        return max(self._steps(), default=None)
 
     def metadata(self, step: int) -> dict:
         """Metadata that was saved with a step.
 
         Raises:
-            ValueError: it is not what was written.
+            UserError: it is not what was written.
         """
-        return self._content(step)['metadata']
+        return self._described(step)['metadata']
 
     def arrays(self, step: int) -> dict[str, dict]:
         """Dtype, shape and digest of each array of a step's state, by its path.
 
         Raises:
-            ValueError: they are not what was written.
+            UserError: they are not what was written.
         """
-        return self._content(step)['arrays']
+        return self._described(step)['arrays']
 
     def wait(self) -> None:
         """Wait until the last `save` is on disk.
 
         Raises:
-            UserError: the disk is full; the previous checkpoint is intact.
+            UserError: the disk is full, and the previous checkpoint is intact; or the first one
+                cannot be read back.
         """
         with self._explained():
-            self._manager.wait_until_finished()
+            self._finish_save()
 
     def close(self) -> None:
-        """Wait, then end the threads that write."""
+        """Wait as `wait` does, then end the threads that write."""
         with self._explained():
-            self._manager.close()
+            try:
+                self._finish_save()
+            finally:
+                if self._manager is not None:
+                    self._manager.close()
+                self._remove_link()
+
+    def _steps(self) -> list[int]:
+        """Steps of all folders that have the name of a checkpoint, sound or not, in order."""
+        if not self._directory.exists():
+            return []
+        return sorted(
+            int(entry.name)
+            for entry in os.scandir(self._directory)
+            if re.fullmatch('0|[1-9][0-9]*', entry.name) and entry.is_dir()
+        )
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
+
+    @functools.cached_property
+    def plain_path(self) -> Path:
+        """The folder by a name that orbax and TensorStore take as it stands.
+
+        Raises:
+            UserError: there is none.
+        """
+        real = os.path.realpath(self._directory)
+        if _is_plain(real):
+            return Path(real)
+        folder = tempfile.mkdtemp(prefix='swav_jax-')
+        self._remove_link = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        if not _is_plain(folder):
+            raise UserError(
+                f'{self._shown}: checkpoints cannot be kept in a path of such characters when that '
+                f'of temporary files ({printable(folder)}) has such ones, too: name another folder '
+                'or set TMPDIR'
+            )
+        link = Path(folder) / 'checkpoints'
+        link.symlink_to(real)
+        return link
+
+    def _finish_save(self) -> None:
+        """Wait for the last save; once, read the first one back."""
+        if self._manager is None:
+            return
+        self._manager.wait_until_finished()
+        if self._first_saved is None or self._read_back:
+            return
+        self._read_back, problem = True, None
+        if jax.process_index() == 0:  # which sees what all have written
+            try:
+                problem = self._compare(self._first_saved)
+            except Exception as error:
+                problem = _first_line(error)
+        if not _on_all_processes(problem is None):
+            if problem is None:
+                raise SaidElsewhereError
+            raise UserError(
+                f'{printable(self._path(self._first_saved))} was saved and cannot be read back '
+                f'({problem}): checkpoints of this run would be lost. Try another --workdir, on '
+                'another disk'
+            )
+
+    def _compare(self, step: int) -> str | None:
+        """What differs between a checkpoint on disk and what was saved, with little memory."""
+        content = self._content(step)
+        saved = content['arrays']
+        tree = self._stored(step)
+        leaves, structure = jax.tree.flatten(tree)
+        names = list(digest.named(tree))
+        group, size = [], 0
+        for place in range(len(names)):
+            group.append(place)
+            size += leaves[place].size * leaves[place].dtype.itemsize
+            if size < _READ_AT_ONCE and place + 1 < len(names):
+                continue
+            wanted = structure.unflatten(
+                x if i in group else ocp.PLACEHOLDER for i, x in enumerate(leaves)
+            )
+            args = ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=jax.tree.map(
+                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted
+                ),
+            )
+            found = jax.tree.leaves(
+                self._read(step, 'state', ocp.PyTreeCheckpointHandler(), args),
+            )
+            for i in group:
+                if digest.of_numpy(found[i]) != saved[names[i]]['digest']:
+                    return f'{names[i]} is not what was written'
+            group, size = [], 0
+        missing = saved.keys() - set(names)
+        return f'{min(missing)} is missing' if missing else None
+
+    def _stored(self, step: int) -> Any:
+        """The arrays that a step's folder holds, as a tree of `jax.ShapeDtypeStruct`."""
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
+        found = handler.metadata(epath.Path(self.plain_path) / str(step) / 'state')
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found.tree)
 
     def _read(self, step: int, item: str, handler: Any, args: Any) -> Any:
         """Read an item without the other processes, which orbax's manager would wait for.
 
         The damage may be in a part of a file that only some of them read.
         """
-        me = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader {me}'
-        )
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-            return reader.restore(self._path(step) / item, args=args)
+        with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
+            return reader.restore(self.plain_path / str(step) / item, args=args)
 
     def _content(self, step: int) -> dict:
         content = self._read(step, 'metadata', ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-        if content.pop('sha256', None) != _sha256(content):
+        if content.pop('sha256', None) != _sha256(content) or not _is_well_formed(content):
             raise ValueError('its metadata is not what was written')
+        if content.get('step', step) != step:
+            raise ValueError(f'it is that of step {content["step"]}')
         return content
+
+    def _described(self, step: int) -> dict:
+        try:
+            return self._content(step)
+        except Exception as error:  # a damaged file fails in as many ways as it has bytes
+            path = printable(self._path(step))
+            raise UserError(
+                f'{path} cannot be read ({_first_line(error)}): put a sound copy in its place, or '
+                'move it away'
+            ) from error
 
     def _newest_that_loads(
         self,
@@ -222,19 +352,19 @@ class Checkpoints:
         steps: list[int] | None = None,
     ) -> tuple[int, Any, dict] | None:
         """(step, state, metadata) of the newest of `steps` (all) that is sound; None of none."""
-        steps = sorted(self._manager.all_steps() if steps is None else steps, reverse=True)
+        steps = sorted(self._steps() if steps is None else steps, reverse=True)
         self._damaged = []
         for step in steps:
             try:
                 return step, *self._load(step, make_handler, arguments)
             except _DamagedError as error:
-                path = self._path(step)
+                path = printable(self._path(step))
                 absl_logging.warning('checkpoint %s is damaged, skipped: %s', path, error)
                 self._damaged.append(step)
                 self._tidy = False
         if steps:
             raise UserError(
-                f'no checkpoint of step {", ".join(map(str, steps))} in {self._directory} loads: '
+                f'no checkpoint of step {", ".join(map(str, steps))} in {self._shown} loads: '
                 'put a sound copy in its place, or move the folder away to begin a new run'
             )
         return None
@@ -242,17 +372,28 @@ class Checkpoints:
     def _load(
         self, step: int, make_handler: Callable[[], Any], arguments: Callable[[int, dict], Any]
     ) -> tuple[Any, dict]:
-        """One checkpoint, or `_DamagedError` on all processes if any of them cannot read it."""
-        problem = None
+        """One checkpoint, or `_DamagedError` on all processes if any of them cannot read it.
+
+        Raises:
+            UserError: a process is kept from the files; others, as `arguments` says.
+        """
+        problem, kind = '', _SOUND
         try:
             content = self._content(step)
             saved = content['arrays']
             state = self._read(step, 'state', make_handler(), arguments(step, content))
-        except (UserError, jax.errors.JaxRuntimeError):  # not the file's fault
+        except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # not the file's fault
             raise
         except Exception as error:  # a damaged file fails in as many ways as it has bytes
-            problem = str(error).strip().partition('\n')[0][:120]
-        if not _on_all_processes(problem is None):
+            problem = _first_line(error)
+            kind = _KEPT_AWAY if _refusal(error, _NO_ACCESS) else _DAMAGED
+        worst = _largest(kind)
+        if worst == _KEPT_AWAY:
+            raise UserError(
+                f'{printable(self._path(step))} cannot be read '
+                f'({problem or "by another process"}): give its files to the user who runs this'
+            )
+        if worst == _DAMAGED:
             raise _DamagedError(problem or 'another process cannot read it')
         for name, found in digest.digests(state).items():
             if found != saved[name]['digest']:
@@ -262,11 +403,15 @@ class Checkpoints:
     def _check_fit(self, step: int, saved: dict[str, dict], like: Any) -> None:
         """Refuse a checkpoint that holds other arrays than `like` does."""
         wanted = _shapes(like)
+        there = {name: _shape_of(x) for name, x in saved.items()}
+        if there != wanted and there != _shapes(self._stored(step)):
+            raise ValueError('its metadata tells of other arrays than it holds')
         for name in sorted(wanted.keys() | saved.keys()):
-            here, there = wanted.get(name, 'nothing'), _shape_of(saved.get(name))
-            if here != there:
+            here, that = wanted.get(name, 'nothing'), there.get(name, 'nothing')
+            if here != that:
                 raise UserError(
-                    f'{self._path(step)} holds {there} as {name} where this run needs {here}: '
+                    f'{printable(self._path(step))} holds {that} as {name} where this run needs '
+                    f'{here}: '
                     'resume with the config that it was made with, or take another --workdir'
                 )
 
@@ -275,15 +420,31 @@ class Checkpoints:
 
         Done before the first save and not when the folder is opened: a reader must not touch it.
         """
+        problem = None
         if jax.process_index() == 0:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for step in self._damaged:
-                aside = self._directory / f'damaged-{step}'
-                shutil.rmtree(aside, ignore_errors=True)
-                self._path(step).rename(aside)
-            self._delete_temporaries()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices('checkpoints tidied up')
+            try:
+                self._directory.mkdir(exist_ok=True)  # not its parents: the run's folder was there
+                for step in self._damaged:
+                    aside = self._directory / f'damaged-{step}'
+                    shutil.rmtree(aside, ignore_errors=True)
+                    self._path(step).rename(aside)
+                self._delete_temporaries()
+            except OSError as error:
+                problem = error
+        if not _on_all_processes(problem is None):
+            raise problem or SaidElsewhereError
+        if self._manager is None:
+            self._manager = ocp.CheckpointManager(
+                self.plain_path,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(self._policies),
+                    create=False,
+                ),
+                item_handlers={
+                    'state': ocp.StandardCheckpointHandler(),
+                    'metadata': ocp.JsonCheckpointHandler(),
+                },
+            )
         self._manager.reload()
         self._damaged, self._tidy = [], True
 
@@ -297,25 +458,39 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn a full disk, in whatever way it shows, into one line that says what is needed."""
+        """Turn what a file system refuses, however it shows, into one line that says what helps."""
         try:
             yield
+        except (UserError, jax.errors.JaxRuntimeError):
+            raise
         except Exception as error:
-            if not _is_about_space(error):
-                raise
-            if jax.process_index() == 0:
-                self._delete_temporaries()
-            self._manager.reload()
-            steps = self._manager.all_steps()
-            # The arrays; small ones take less than their files, of which each fills whole blocks.
-            needed = max([self._needed_bytes, *(_size_on_disk(self._path(step)) for step in steps)])
-            raise UserError(
-                f'no space for a checkpoint in {self._directory}: it needs up to '
-                f'{needed / 1e6:,.1f} MB, '
-                f'{shutil.disk_usage(self._directory).free / 1e6:,.1f} MB are free; checkpoints on '
-                f'disk: {steps or "none"}, intact. Make room or lower '
-                'config.checkpoint.keep, then start again'
-            ) from error
+            if not self._directory.is_dir() and _refusal(error, (errno.ENOENT, errno.ENOTDIR)):
+                raise UserError(
+                    f'{self._shown} is gone: it was moved or deleted while the run went on, or is '
+                    'no folder. Put it back, then start again'
+                ) from error
+            if _refusal(error, _NO_SPACE):
+                raise UserError(self._no_space()) from error
+            if reason := _refusal(error, _REFUSED):
+                raise UserError(
+                    f'no checkpoint can be written into {self._shown} ({reason}): make it a folder '
+                    'that can be written, or name another --workdir'
+                ) from error
+            raise
+
+    def _no_space(self) -> str:
+        if jax.process_index() == 0:
+            self._delete_temporaries()
+        steps = self._steps()
+        # The arrays; small ones take less than their files, of which each fills whole blocks.
+        needed = max([self._needed_bytes, *(_size_on_disk(self._path(step)) for step in steps)])
+        there = self._directory if self._directory.exists() else self._directory.parent
+        free = shutil.disk_usage(there).free
+        return (
+            f'no space for a checkpoint in {self._shown}: it needs up to {needed / 1e6:,.1f} MB, '
+            f'{free / 1e6:,.1f} MB are free; checkpoints on disk: {steps or "none"}, intact. Make '
+            'room or lower config.checkpoint.keep, then start again'
+        )
 
 
 @functools.cache
@@ -344,22 +519,71 @@ def _size_on_disk(folder: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob('*'))
 
 
-def _is_about_space(error: BaseException | None) -> bool:
-    """Whether an exception, or what caused it, is the file system's refusal to store more."""
+def _refusal(error: BaseException | None, codes: Collection[int]) -> str | None:
+    """The file system's refusal that an exception, or what caused it, tells of; None without one.
+
+    TensorStore tells it in the text of other exceptions.
+    """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            return True
-        if any(os.strerror(code) in str(error) for code in _NO_SPACE):
-            return True
+        if isinstance(error, OSError) and error.errno in codes:
+            where = f'{printable(os.fsdecode(error.filename))}: ' if error.filename else ''
+            return where + os.strerror(error.errno)
+        for code in codes:
+            if os.strerror(code) in str(error):
+                return os.strerror(code)
         error = error.__cause__ or error.__context__
-    return False
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    text = f'it lacks {error}' if isinstance(error, KeyError) else str(error)
+    return printable(text.strip().partition('\n')[0][:120]) or type(error).__name__
+
+
+_SOUND, _DAMAGED, _KEPT_AWAY = range(3)
+
+
+def _largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.array(number))))
 
 
 def _on_all_processes(condition: bool) -> bool:
     """Whether it holds on all of them."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(np.all(multihost_utils.process_allgather(np.array(condition))))
+    return not _largest(int(not condition))
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """What lets a process read without the others."""
+    me = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader {me}'
+    )
+
+
+def _is_plain(path: str) -> bool:
+    return len(os.fsencode(path)) < _LONGEST and bool(_PLAIN.fullmatch(path))
+
+
+def _is_well_formed(content: Any) -> bool:
+    """Whether a checkpoint's description has the shape that `save` gave it."""
+    if not isinstance(content, dict):
+        return False
+    arrays, metadata = content.get('arrays'), content.get('metadata')
+    return (
+        isinstance(metadata, dict)
+        and isinstance(arrays, dict)
+        and all(
+            isinstance(array, dict)
+            and isinstance(array.get('dtype'), str)
+            and isinstance(array.get('digest'), str)
+            and isinstance(array.get('shape'), list)
+            and all(type(length) is int and 0 <= length < 2**40 for length in array['shape'])
+            for array in arrays.values()
+        )
+    )
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -394,8 +618,8 @@ def _shapes(like: Any) -> dict[str, str]:
     return {name: f'{x.dtype.name}{list(x.shape)}' for name, x in digest.named(like).items()}
 
 
-def _shape_of(array: dict | None) -> str:
-    return f'{array["dtype"]}{array["shape"]}' if array else 'nothing'
+def _shape_of(array: dict) -> str:
+    return f'{array["dtype"]}{array["shape"]}'
 
 
 def _sha256(content: dict) -> str:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_AT_ONCE = 2**22  # words, of an array in the host's memory
+
 
 def named(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by their paths, as `params/head/kernel`."""
@@ -19,6 +21,20 @@ def digests(tree: Any) -> dict[str, str]:
     """The `digest` of each array, as 16 hexadecimal digits, by its path."""
     sums = jax.device_get({name: digest(leaf) for name, leaf in named(tree).items()})
     return {name: ''.join(f'{int(word):08x}' for word in pair) for name, pair in sums.items()}
+
+
+def of_numpy(x: np.ndarray) -> str:
+    """The `digest` of an array in the host's memory, as 16 hexadecimal digits."""
+    x = np.ascontiguousarray(x)
+    x = x.view(np.uint8) if x.dtype == np.bool_ else x
+    words = x.reshape(-1).view(f'u{min(x.dtype.itemsize, 4)}')
+    sums = [np.uint32(0), np.uint32(0)]
+    for start in range(0, len(words), _AT_ONCE):
+        part = words[start : start + _AT_ONCE].astype(np.uint32)
+        place = np.arange(start, start + len(part)).astype(np.uint32)
+        for i, seed in enumerate((1, 2)):
+            sums[i] += np.sum(part * _odd_factor(place, seed), dtype=np.uint32)
+    return ''.join(f'{int(word):08x}' for word in sums)
 
 
 @jax.jit
@@ -38,8 +54,8 @@ def digest(x: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(words * _odd_factor(place, seed)) for seed in (1, 2)])
 
 
-def _odd_factor(place: jax.Array, seed: int) -> jax.Array:
+def _odd_factor(place: Any, seed: int) -> Any:
     """Uint32 hash of a place: multiply, shift, xor, as in integer finalisers."""
-    h = place * jnp.uint32(0x9E3779B1) + jnp.uint32(seed * 0x7F4A7C15 % 2**32)
-    h = (h ^ (h >> 15)) * jnp.uint32(0x85EBCA77)
-    return (h ^ (h >> 13)) | jnp.uint32(1)
+    h = place * np.uint32(0x9E3779B1) + np.uint32(seed * 0x7F4A7C15 % 2**32)
+    h = (h ^ (h >> np.uint32(15))) * np.uint32(0x85EBCA77)
+    return (h ^ (h >> np.uint32(13))) | np.uint32(1)
