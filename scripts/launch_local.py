@@ -4,8 +4,8 @@
 
 What follows the number is the command line of swav_jax.main. The GPUs of the machine are shared out
 evenly among the processes; without GPUs each has --cpu_devices (default 1) virtual CPU devices.
-Output is that of process 0, and errors of all. When a process fails the others end, too; Ctrl-C and
-SIGTERM go to all of them. The exit code is that of the first process that failed.
+Output is that of process 0, and errors of all. When a process fails the others end, too, within a
+minute; Ctrl-C and SIGTERM go to all of them. The exit code is that of the first process that failed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-GRACE = 120  # seconds in which the others may notice by themselves that one has failed
+GRACE = 45  # seconds in which the others may end by themselves when one has failed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,17 +59,37 @@ def main(argv: Sequence[str]) -> int:
 
 def wait(processes: list[subprocess.Popen]) -> int:
     """Wait for all; after a failure, no longer than `GRACE`. Returns the first failure's code."""
-    failure, deadline = 0, None
+    failed, deadline = None, None
     while any(process.poll() is None for process in processes):
-        codes = [process.poll() for process in processes]
-        if deadline is None and any(codes):
-            failure, deadline = next(filter(None, codes)), time.monotonic() + GRACE
-        if deadline is not None and time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
+        if failed is None:
+            failed = first_failed(processes)
+            deadline = failed is not None and time.monotonic() + GRACE
+        if deadline and time.monotonic() > deadline:
+            left = [i for i, process in enumerate(processes) if process.poll() is None]
+            print(
+                f'error: process {failed} {how_it_ended(processes[failed].returncode)}: ending '
+                f'process {", ".join(map(str, left))}, which did not within {GRACE} seconds',
+                file=sys.stderr,
+            )
+            for number in left:
+                processes[number].kill()
+            deadline = None
         time.sleep(0.1)
-    failure = failure or next(filter(None, (process.returncode for process in processes)), 0)
-    return failure if failure >= 0 else 128 - failure  # as a shell says that a signal killed it
+    failed = first_failed(processes) if failed is None else failed
+    code = 0 if failed is None else processes[failed].returncode
+    return code if code >= 0 else 128 - code  # as a shell says that a signal killed it
+
+
+def first_failed(processes: list[subprocess.Popen]) -> int | None:
+    """The first process that has ended other than well."""
+    return next((i for i, process in enumerate(processes) if process.poll()), None)
+
+
+def how_it_ended(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f'has ended with code {code}'
+    return f'was ended by {signal.Signals(-code).name}'
 
 
 def environment(number: int, args: argparse.Namespace, gpus: list[str]) -> dict[str, str]:

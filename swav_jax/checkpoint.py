@@ -20,6 +20,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
@@ -53,6 +54,7 @@ _REFUSED = (
 _PLAIN = re.compile(r'[\w ./,=+@~-]*')
 _LONGEST = 1000  # bytes of a path, to which they add some hundred
 _READ_AT_ONCE = 2**28  # bytes, of a checkpoint that is read back
+_LONGEST_WAIT = 60  # seconds for which one of several processes that fails finishes a save
 
 
 class _DamagedError(Exception):
@@ -223,6 +225,23 @@ class Checkpoints:
                 if self._manager is not None:
                     self._manager.close()
                 self._remove_link()
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After a failure wait for the save in flight; else `close` was called, and has raised."""
+        if kind is None or self._manager is None:
+            return
+
+        def wait() -> None:
+            with contextlib.suppress(Exception):  # the failure that led here is what counts
+                self._manager.wait_until_finished()
+
+        # Without a word to other processes, which may be gone, or not know of the failure.
+        waiting = threading.Thread(target=wait, daemon=True)
+        waiting.start()
+        waiting.join(None if jax.process_count() == 1 else _LONGEST_WAIT)
 
     def _steps(self) -> list[int]:
         """Steps of all folders that have the name of a checkpoint, sound or not, in order."""

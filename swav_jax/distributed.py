@@ -2,7 +2,9 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,10 +13,10 @@ from ml_collections import ConfigDict
 
 import swav_jax
 from swav_jax import config as settings
-from swav_jax.errors import SaidElsewhereError, UserError
+from swav_jax import ending
+from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
 
-HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
-JOIN_TIMEOUT = 300
+JOIN_TIMEOUT = 100  # seconds
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -26,8 +28,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       num_processes: in all.
       process_id: this one's number, from 0.
 
+    Ends the process where the others do not come within `JOIN_TIMEOUT`.
+
     Raises:
-      UserError: the flags do not say enough, or the others do not come.
+      UserError: the flags do not say enough, or fit no other processes.
     """
     given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
     missing = [f'--{name}' for name, value in given.items() if value is None]
@@ -41,15 +45,32 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f'--process_id={process_id}: must be from 0 to {num_processes - 1}, as '
             f'--num_processes={num_processes} says'
         )
-    if coordinator is not None and not coordinator.rpartition(':')[2].isdigit():
-        raise UserError(f'--coordinator={coordinator}: must be HOST:PORT of process 0')
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(':')
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise UserError(f'--coordinator={coordinator}: must be HOST:PORT of process 0')
+    ending.catch_aborts()
+    where = f' to --coordinator={coordinator}' if coordinator else ''
+    late = threading.Timer(
+        JOIN_TIMEOUT,
+        ending.end,
+        (
+            2,
+            f'not all processes came{where} within {JOIN_TIMEOUT} seconds: see what the others '
+            'say, of which one may have ended at once by a mistake in its command, and start all '
+            'again together',
+        ),
+    )
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
-            initialization_timeout=JOIN_TIMEOUT,
+            heartbeat_timeout_seconds=ending.HEARTBEAT_TIMEOUT,
+            initialization_timeout=2 * JOIN_TIMEOUT,  # at which JAX would abort
+            shutdown_timeout_seconds=3600,  # for which process 0 may write its report
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().partition('\n')[0]
@@ -62,6 +83,9 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             f'process {process_id} of {num_processes} cannot join --coordinator={coordinator} '
             f'({reason}): start all processes within {JOIN_TIMEOUT} seconds, with one coordinator'
         ) from error
+    finally:
+        late.cancel()
+    ending.watch_others()
 
 
 @contextlib.contextmanager
@@ -81,18 +105,27 @@ def failing_together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         problem = str(error)
+    except OSError as error:
+        if jax.process_count() == 1:
+            raise
+        problem = os_error_line(error)
     _raise_first(_gather(problem))
 
 
-def check_same(config: ConfigDict) -> None:
-    """Make sure that all processes have the same settings and the same code.
-
-    Raises:
-      UserError: on process 0, naming the settings that differ.
-      SaidElsewhereError: on the others.
-    """
+def check_same_settings(config: ConfigDict) -> None:
+    """Make sure that all processes have the same settings and the same code: see `check_same`."""
     mine = {name: settings.to_dict(value) for name, value in settings.flatten(config)}
     mine |= {'version of swav_jax': swav_jax.__version__, 'version of jax': jax.__version__}
+    check_same(mine, 'start all with the same command')
+
+
+def check_same(mine: Mapping[str, Any], remedy: str) -> None:
+    """Make sure that all processes have the same values, which JSON can hold, by these names.
+
+    Raises:
+      UserError: on process 0, naming those that differ.
+      SaidElsewhereError: on the others.
+    """
     first, *others = map(json.loads, _gather(json.dumps(mine)))
     for number, other in enumerate(others, start=1):
         differ = sorted(n for n in first.keys() | other.keys() if first.get(n) != other.get(n))
@@ -101,7 +134,7 @@ def check_same(config: ConfigDict) -> None:
                 f'{name} is {first.get(name)} in process 0 and {other.get(name)} in {number}'
                 for name in differ[:5]
             )
-            _raise_first([f'processes disagree: {shown}: start all with the same command'])
+            _raise_first([f'processes disagree: {shown}: {remedy}'])
 
 
 def rows_of_all(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -109,11 +142,6 @@ def rows_of_all(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     if jax.process_count() == 1:
         return arrays
     return tuple(np.concatenate(multihost_utils.process_allgather(x)) for x in arrays)
-
-
-def is_first() -> bool:
-    """Whether this process, which need not have joined the others, is number 0."""
-    return jax.distributed.is_initialized() and jax.process_index() == 0
 
 
 def largest(number: int) -> int:

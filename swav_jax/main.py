@@ -26,9 +26,7 @@ one line; 3 not a number or a collapse; 4 stopped by Ctrl-C with a checkpoint.
 """
 
 import argparse
-import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 
@@ -134,38 +132,34 @@ def _out_of_memory(config: ConfigDict, error: Exception) -> str:
 
 
 def _train_with_others(flags: argparse.Namespace, signals: Signals) -> int:
-    """Join the other processes and train; does not return where something fails.
+    """Join the other processes and train; does not return where something fails."""
+    from swav_jax import distributed, ending
 
-    At a regular exit JAX would wait minutes for the other processes, which may wait for this one.
-    """
-    from swav_jax import distributed
-
+    line = 'see its output'
     try:
         distributed.join(flags.coordinator, flags.num_processes, flags.process_id)
         code = _train(flags, signals)
     except Exception as error:
-        code = 2
-        line = cli.failure(error)
-        # A step on the CPU, made when it is called, raises what Gloo says as a ValueError.
-        if line is None and (type(error).__name__ == 'JaxRuntimeError' or 'Gloo' in str(error)):
-            code = 1
-            reason = str(error).strip().partition('\n')[0]
-            line = (
-                f'another process has ended ({reason}): start all of them again, the run goes on '
-                'from its last checkpoint'
-            )
-        if line is None:
-            code = 1
-            traceback.print_exc()
-        else:
-            cli.tell(line)
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if distributed.is_first():
-            time.sleep(10)  # the others abort when its coordination service ends before they do
-        os._exit(code)
+        code, line = _failure_beside_others(error)
+    ending.leave(code, line)
     return code
+
+
+def _failure_beside_others(error: Exception) -> tuple[int, str]:
+    """Say what ends this process; the exit code, and what the others should say of it."""
+    line = cli.failure(error)
+    if line is not None:
+        cli.tell(line)
+        return 2, line or str(error)
+    reason = str(error).strip().partition('\n')[0]
+    # A step on the CPU, made when it is called, raises what Gloo says as a ValueError.
+    if type(error).__name__ == 'JaxRuntimeError' or 'Gloo' in str(error):
+        line = f'another process has ended ({reason})'
+        cli.tell(f'{line}: start all of them again, the run goes on from its last checkpoint')
+    else:
+        traceback.print_exc()
+        line = f'{type(error).__name__}: {reason}'
+    return 1, line
 
 
 if __name__ == '__main__':

@@ -1,47 +1,180 @@
-"""What must stay the same when a run goes on."""
+"""What a checkpoint says of its run, and what must stay the same when the run goes on."""
 
+import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
+import swav_jax
 from swav_jax import config as settings
+from swav_jax.checkpoint import Checkpoints
+from swav_jax.data.images import Source
 from swav_jax.errors import UserError
+from swav_jax.state import Layout, TrainState
 
 # A change here gives the arrays of a state another meaning (model, optimizer and its schedule, what
-# lies in the queue), or makes step n read other images (order, crops). Free are how the loss is
-# computed, distortions, precision, length, logging, checkpoints and evaluation. The batch of a
-# device is free as long as that of all devices stays.
+# lies in the queue), makes step n read other images (order, crops), or comes too late to matter
+# (first weights, first steps). Free are how the loss is computed, distortions, precision, length,
+# logging, checkpoints and evaluation. The batch of a device is free as long as that of all devices
+# stays.
 FIXED = (
-    'global_batch', 'seed', 'data', 'model', 'optimizer', 'loss.crops_for_assign', 'loss.queue',
-    'loss.normalize_last_layer', 'train.per_crop_pass',
+    'global_batch', 'seed', 'init_from', 'init_allow_partial', 'data', 'model', 'optimizer',
+    'loss.crops_for_assign', 'loss.queue', 'loss.normalize_last_layer',
+    'loss.temp_hard_assignment_iters', 'train.per_crop_pass',
 )  # fmt: skip
 FREE = ('data.batchsize_per_replica', 'data.max_bad_fraction', 'model.remat')
+AT_START = ('init_from', 'init_allow_partial')  # and never again, also with --force
+# Figures that were measured with other ones do not belong beside those to come.
+MEASURED_WITH = (
+    'evaluate.train_source', 'evaluate.test_source', 'evaluate.k', 'evaluate.temperature',
+    'evaluate.size', 'evaluate.resize',
+)  # fmt: skip
 
 
-def check_config(config: ConfigDict, global_batch: int, saved: Mapping[str, Any]) -> None:
-    """Refuse to go on with settings that do not fit what was learned with others.
+def describe(config: ConfigDict, global_batch: int, source: Source) -> dict[str, Any]:
+    """What a checkpoint says of the run that made it; `source` is what it trains on."""
+    return {
+        'config': settings.to_dict(config),
+        'version': swav_jax.__version__,
+        'global_batch': global_batch,
+        'images': {'count': len(source), 'digest': source.digest()},
+    }
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run that goes on.
+
+    Attributes:
+      state: laid out.
+      notes: see `read_notes`.
+      config: the settings, of which those that only act at the start are what they were then.
+      written: those for config.json; of a run of which no step is left only evaluations follow
+        this start's settings.
+      said: lines for the user.
+    """
+
+    state: TrainState
+    notes: dict[str, Any]
+    config: ConfigDict
+    written: ConfigDict
+    said: list[str]
+
+
+def check_config(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse to go on with settings or data that do not fit what was learned with others.
 
     Args:
-      config: this run's settings.
-      global_batch: its images a step.
+      now: this run, as `describe` says it.
       saved: a checkpoint's metadata.
 
     Raises:
       UserError: it names each setting that differs, with its old and its new value.
     """
-    new = dict(_flat(settings.to_dict(config) | {'global_batch': global_batch}))
-    old = dict(_flat(saved['config'] | {'global_batch': saved['global_batch']}))
     changed = [
-        f'{"" if name == "global_batch" else "config."}{name} {old[name]!r} → {new[name]!r}'
-        for name in new
-        if name in old and old[name] != new[name] and _is(name, FIXED) and not _is(name, FREE)
+        f'{"" if name == "global_batch" else "config."}{name} {old!r} → {new!r}'
+        for name, old, new in _changes(now, saved, FIXED)
+        if not _is(name, FREE)
     ]
+    if 'images' in saved and not _changes(now, saved, ('data.source', 'data.limit')):
+        old, new = saved['images'], now['images']
+        where = f'images of config.data.source={now["config"]["data"]["source"]}'
+        if old['count'] != new['count']:
+            changed.append(f'{where} {old["count"]:,} → {new["count"]:,}')
+        elif old['digest'] != new['digest']:
+            changed.append(f'{where} are {new["count"]:,} others, or in another order')
     if changed:
         raise UserError(
             f'the run in this --workdir was made with other settings ({", ".join(changed)}): take '
             'them back, name another --workdir, or go on all the same with --force'
         )
+
+
+def read_notes(now: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint carries beside the state, and a run changes as it goes on.
+
+    Figures that were measured with other images or in another way than `now` says are left out.
+
+    Returns:
+      results: what the evaluations found; evaluated: whether the one that is due at this step is
+      among them; left_out: (first, last) of each run of batches that were passed over.
+
+    Raises:
+      KeyError, TypeError, ValueError: they are damaged.
+    """
+    left_out = [[int(first), int(last)] for first, last in saved['left_out']]
+    results = {str(name): float(value) for name, value in saved['results'].items()}
+    if _changes(now, saved, MEASURED_WITH):
+        return {'results': {}, 'evaluated': False, 'left_out': left_out}
+    return {'results': results, 'evaluated': bool(saved['evaluated']), 'left_out': left_out}
+
+
+def restore(
+    checkpoints: Checkpoints,
+    layout: Layout,
+    config: ConfigDict,
+    now: Mapping[str, Any],
+    last_step: int,
+    force: bool,
+) -> Restored | None:
+    """The run as its newest sound checkpoint has it; None where it has none.
+
+    Args:
+      checkpoints: the run's.
+      layout: of its state.
+      config: the settings.
+      now: this start, as `describe` says it.
+      last_step: where the run ends.
+      force: go on also with other settings or data than it was made with.
+
+    Raises:
+      UserError: settings or data do not fit, or the run is past `last_step`.
+    """
+    notes = {}
+
+    def accept(saved: dict[str, Any]) -> None:
+        notes.update(read_notes(now, saved))
+        if not force:
+            check_config(now, saved)
+
+    found = checkpoints.restore(layout.whole(), accept)
+    if found is None:
+        return None
+    state, saved = layout.spread(found[0]), found[1]
+    step, said = int(state.step), []
+    if step > last_step and not force:
+        raise UserError(
+            f'the run in this --workdir has made {step:,} steps and would now end after '
+            f'{last_step:,}: raise config.train.max_steps or config.optimizer.num_epochs, name '
+            'another --workdir, or let it be evaluated as it is with --force'
+        )
+    if saved['results'] and not notes['results']:
+        said.append('figures that were found with other settings under config.evaluate are dropped')
+    used = copy.deepcopy(config)
+    for name in AT_START:
+        used[name] = saved['config'].get(name, config[name])
+        if used[name] != config[name]:
+            said.append(f'config.{name}={config[name]!r} is not used: the run has begun without it')
+    written = used
+    if step >= last_step:
+        said.append(f'nothing is left to train: the run has made {step:,} steps of {last_step:,}')
+        written = ConfigDict(dict(saved['config']) | {'evaluate': config.evaluate})
+    return Restored(state, notes, used, written, said)
+
+
+def _changes(
+    now: Mapping[str, Any], saved: Mapping[str, Any], among: tuple[str, ...]
+) -> list[tuple[str, Any, Any]]:
+    """Name, old and new value of each setting that both know and that differs."""
+    new = dict(_flat(now['config'] | {'global_batch': now['global_batch']}))
+    old = dict(_flat(saved['config'] | {'global_batch': saved['global_batch']}))
+    return [
+        (name, old[name], new[name])
+        for name in new
+        if name in old and old[name] != new[name] and _is(name, among)
+    ]
 
 
 def _is(name: str, of: tuple[str, ...]) -> bool:

@@ -74,14 +74,15 @@ class Signals:
             if not self.request:
                 self.request = STOP_FOR_USER if number == signal.SIGINT else STOP
                 name = signal.Signals(number).name
-                _say(f'{name}: saving after this step; Ctrl-C ends the run at once, unsaved')
+                say(f'{name}: saving after this step; Ctrl-C ends the run at once, unsaved')
                 if self._interruptible:
                     _thread.interrupt_main()
             elif number == signal.SIGINT:
-                _say('stopped at once')
+                say('stopped at once')
                 os._exit(128 + signal.SIGINT)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Write a line to stderr, from any thread and whatever the others hold."""
     show_cursor = '\x1b[?25h' if sys.stderr.isatty() else ''
     os.write(2, f'{show_cursor}{text}\n'.encode())

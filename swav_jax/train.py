@@ -5,15 +5,13 @@ import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import swav_jax
 from swav_jax import config as settings
-from swav_jax import distributed, nan_dump, optim
+from swav_jax import distributed, ending, nan_dump, optim, resume
 from swav_jax import mesh as meshes
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.collapse import Collapse
@@ -28,7 +26,6 @@ from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
 from swav_jax.nan_skip import SkipBatches, after_nan, batch_of_step
 from swav_jax.profiling import Profile
-from swav_jax.resume import check_config
 from swav_jax.signals import SAVE, STOP_FOR_USER, Interrupted, Signals
 from swav_jax.state import Layout
 from swav_jax.step import make_train_step
@@ -64,7 +61,7 @@ def run(
       RunFailedError: not a number, or a collapse.
       StoppedError: a signal came; a checkpoint is saved.
     """
-    distributed.check_same(config)
+    distributed.check_same_settings(config)
     with contextlib.ExitStack() as stack:
         with distributed.failing_together():
             settings.validate(config)
@@ -108,6 +105,11 @@ def train(
         schedule = make_schedule(config, sizes)
         net, tx, layout, state = make_state(config, sizes, schedule, mesh)
         evaluation = OnlineEvaluation(config, net, mesh, workdir)
+        about = resume.describe(config, sizes.batch_size, source)
+    distributed.check_same(
+        {f'config.data.source={config.data.source}': about['images']},
+        'give the same images to all of them',
+    )
 
     checkpoints = Checkpoints(
         workdir / 'checkpoints',
@@ -115,14 +117,14 @@ def train(
         keep_every_steps=config.checkpoint.keep_every_epochs * sizes.steps_per_epoch,
     )
 
-    def accept(saved: dict[str, Any]) -> None:
-        if not force:
-            check_config(config, sizes.batch_size, saved)
-
     notes = {'results': {}, 'evaluated': False, 'left_out': []}  # what a checkpoint carries, too
+    said, written = [], config
     with distributed.failing_together():
-        if (restored := checkpoints.restore(layout.whole(), accept)) is not None:
-            state, notes = layout.spread(restored[0]), {key: restored[1][key] for key in notes}
+        restored = resume.restore(checkpoints, layout, config, about, sizes.last_step, force)
+        if restored is not None:
+            state, notes, said = restored.state, restored.notes, restored.said
+            config, written = restored.config, restored.written
+            about |= {'config': settings.to_dict(config)}
         elif config.init_from:
             state = start_from(config, layout, state)
     first_step = int(state.step)
@@ -131,7 +133,7 @@ def train(
     # Without a checkpoint in between, skips before this one became part of it.
     skips = max(len(notes['left_out']), skip.count if skip else 0)
     first_batch = batch_of_step(first_step + 1, notes['left_out'])
-    write_config(config, workdir)
+    write_config(written, workdir)
     monitor = Monitor(
         workdir,
         total_steps=sizes.last_step,
@@ -156,16 +158,18 @@ def train(
 
     def save(step: int) -> None:
         monitor.flush()
-        description = describe(config, sizes) | notes
-        checkpoints.save(step, layout.gather(state), description)
+        checkpoints.save(step, layout.gather(state), about | notes)
 
     def stop(step: int, request: int) -> None:
         save(step)
         checkpoints.close()
         raise StoppedError(step, by_user=request == STOP_FOR_USER)
 
-    with monitor, Profile(workdir / 'profile', first_step, profile) as profiled:
+    profiled = Profile(workdir / 'profile', first_step, profile)
+    with checkpoints, monitor, profiled, ending.own_failure():
         introduce(monitor, config, sizes, layout, first_step, notes['left_out'])
+        for line in (*source.notes, *said):
+            monitor.say(line)
         if not notes['evaluated']:
             with contextlib.suppress(Interrupted):
                 evaluate(first_step)
@@ -206,8 +210,8 @@ def train(
             monitor.flush()
             number = batch_of_step(step, notes['left_out'])
             again = put_batch(mesh, next(read(first_step=number)))
-            about = describe(config, sizes) | {'step': step, 'batch': number}
-            folder = nan_dump.write(workdir, net, config, layout, state, again, about)
+            place = {'step': step, 'batch': number}
+            folder = nan_dump.write(workdir, net, config, layout, state, again, about | place)
             checkpoints.close()
             after_nan(config, folder, step, number, skips)
 
@@ -240,6 +244,9 @@ def train(
                     evaluate(step)
                 except Interrupted:
                     request = signals.request
+                except UserError:  # by images that are not trained on
+                    save(step)
+                    raise
             if request or saves:
                 if (request > SAVE and step < sizes.last_step) or not notes['evaluated']:
                     stop(step, request)
@@ -278,15 +285,6 @@ def check_float64(config: ConfigDict) -> None:
                 f'config.{name} asks for float64, which JAX leaves off: set JAX_ENABLE_X64=True in '
                 'the environment'
             )
-
-
-def describe(config: ConfigDict, sizes: settings.Sizes) -> dict[str, Any]:
-    """What a checkpoint says of the run that made it."""
-    return {
-        'config': settings.to_dict(config),
-        'version': swav_jax.__version__,
-        'global_batch': sizes.batch_size,
-    }
 
 
 def fetch(

@@ -1,15 +1,17 @@
 """A run that goes on: to the last bit, on other devices, and not with another config."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from processes import ROOT, command, environment, rows
+from PIL import Image
+from processes import ROOT, command, environment, rows, run
 
 from swav_jax.config import default, to_dict
 from swav_jax.errors import UserError
-from swav_jax.resume import check_config
+from swav_jax.resume import check_config, read_notes
 
 
 @pytest.mark.slow
@@ -73,14 +75,20 @@ def test_a_run_goes_on_with_other_devices(moved, tmp_path):
     np.testing.assert_allclose(*losses, rtol=1e-9)
 
 
-def saved(config, global_batch=64):
-    return {'config': to_dict(config), 'global_batch': global_batch}
+IMAGES = {'count': 24, 'digest': '0123456789abcdef'}
+
+
+def about(config, global_batch=64, **changes):
+    """What a checkpoint says of a run."""
+    return {'config': to_dict(config), 'global_batch': global_batch, 'images': IMAGES} | changes
 
 
 @pytest.mark.parametrize(
     ('name', 'value'),
     [
         ('seed', 1),
+        ('init_from', 'r50.pth'),
+        ('init_allow_partial', True),
         ('data.source', 'demo'),
         ('data.limit', 5),
         ('data.size_crops', (224, 64)),
@@ -91,14 +99,15 @@ def saved(config, global_batch=64):
         ('optimizer.param_schedulers.lr.auto_lr_scaling.base_value', 0.2),
         ('loss.queue.queue_length', 3840),
         ('loss.crops_for_assign', (0,)),
+        ('loss.temp_hard_assignment_iters', 9),
     ],
 )
 def test_what_changes_the_meaning_of_a_state_or_the_order_is_refused(name, value):
     config = default()
     config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError, match=rf'config\.{name} .* → .*--force'):
-        check_config(config, 64, saved(default()))
-    check_config(config, 64, saved(config))
+        check_config(about(config), about(default()))
+    check_config(about(config), about(config))
 
 
 def test_the_rest_may_change():
@@ -109,10 +118,100 @@ def test_the_rest_may_change():
             'train.max_steps': 5,
             'checkpoint.every_steps': 7,
             'evaluate.k': 3,
+            'evaluate.train_source': 'demo',
             'data.batchsize_per_replica': 32,
             'precision': 'bfloat16',
         }
     )
-    check_config(config, 64, saved(default()))
+    check_config(about(config), about(default()))
     with pytest.raises(UserError, match='global_batch 64 → 128'):
-        check_config(config, 128, saved(default()))
+        check_config(about(config, 128), about(default()))
+
+
+def test_other_images_are_refused_and_old_checkpoints_know_none():
+    config = default()
+    config.data.source = 'folder:x'
+    for images, message in (
+        (IMAGES | {'count': 48}, 'images of config.data.source=folder:x 24 → 48'),
+        (IMAGES | {'count': 8}, 'images of config.data.source=folder:x 24 → 8'),
+        (IMAGES | {'digest': 'f' * 16}, 'folder:x are 24 others, or in another order'),
+    ):
+        with pytest.raises(UserError, match=rf'{message}.*--force') as caught:
+            check_config(about(config, images=images), about(config))
+        assert '\n' not in str(caught.value)
+    old = about(config)
+    del old['images']
+    check_config(about(config, images=IMAGES | {'count': 48}), old)
+    with pytest.raises(UserError) as caught:  # which other images follow from
+        check_config(about(config, images=IMAGES | {'count': 48}), about(default()))
+    assert '24 → 48' not in str(caught.value)
+
+
+def test_notes_keep_figures_only_beside_those_that_are_measured_alike():
+    notes = {'results': {'knn_top1': 50.0}, 'evaluated': True, 'left_out': [[3, 4]]}
+    saved, config = about(default()) | notes, default()
+    assert read_notes(about(config), saved) == notes
+    assert read_notes(about(config) | {'images': {}}, saved) == notes
+    for name, value in (('test_source', 'demo'), ('train_source', 'demo'), ('k', 3), ('size', 96)):
+        config = default()
+        config.evaluate[name] = value
+        found = read_notes(about(config), saved)
+        assert found == {'results': {}, 'evaluated': False, 'left_out': [[3, 4]]}, name
+    for damage in (
+        {'results': []},
+        {'results': {'a': None}},
+        {'left_out': [[1]]},
+        {'left_out': 3},
+        {'config': 7},
+    ):
+        with pytest.raises((KeyError, TypeError, ValueError, AttributeError)):
+            read_notes(about(default()), saved | damage)
+
+
+def flags_of(folder, *more):
+    return (
+        f'--config.data.source=folder:{folder}',
+        '--config.data.channels=3',
+        '--config.data.mean=(0.5,0.5,0.5)',
+        '--config.data.std=(0.2,0.2,0.2)',
+        *more,
+    )
+
+
+def pictures(folder, numbers):
+    folder.mkdir(exist_ok=True)
+    for i in numbers:
+        pixels = np.random.default_rng(i).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f'{i:02}.png')
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_images_and_its_beginning(tmp_path):
+    """Started again with more images, other first weights, an earlier end, and when it is done."""
+    folder, workdir = tmp_path / 'images', tmp_path / 'run'
+    pictures(folder, range(24))
+    flags = flags_of(folder, '--config.optimizer.num_epochs=2', '--config.data.limit=0')
+    begun = run(workdir, *flags, '--config.train.max_steps=9')
+    assert begun.returncode == 0, begun.stderr
+    pictures(folder, range(24, 48))
+    init = '--config.init_from=none.pth'
+    refused = run(workdir, *flags, init)
+    assert refused.returncode == 2 and refused.stderr.count('\n') == 1, refused.stderr
+    message = (
+        f"config.init_from '' → 'none.pth', images of config.data.source=folder:{folder} 24 → 48"
+    )
+    assert message in refused.stderr and '--force' in refused.stderr
+    for path in sorted(folder.iterdir())[24:]:
+        path.unlink()
+    refused = run(workdir, *flags, '--config.train.max_steps=5')
+    assert refused.returncode == 2, refused.stderr
+    assert 'has made 9 steps and would now end after 5' in refused.stderr
+    forced = run(workdir, *flags, '--force', init, '--config.loss.epsilon=0.04')
+    assert forced.returncode == 0, forced.stderr
+    assert "config.init_from='none.pth' is not used" in forced.stdout
+    written = json.loads((workdir / 'config.json').read_text())
+    assert written['init_from'] == '' and written['loss']['epsilon'] == 0.04
+    again = run(workdir, *flags)
+    assert again.returncode == 0, again.stderr
+    assert 'nothing is left to train: the run has made 12 steps of 12' in again.stdout
+    assert json.loads((workdir / 'config.json').read_text()) == written, 'no step used epsilon=0.03'
