@@ -4,8 +4,9 @@
 
 What follows the number is the command line of swav_jax.main. The GPUs of the machine are shared out
 evenly among the processes; without GPUs each has --cpu_devices (default 1) virtual CPU devices.
-Output is that of process 0, and errors of all. When a process fails the others end, too, within a
-minute; Ctrl-C and SIGTERM go to all of them. The exit code is that of the first process that failed.
+Output is that of process 0, and errors of all. When a process fails the others end, too, in less
+than a minute; Ctrl-C and SIGTERM go to all of them. The exit code is that of the first one that
+failed.
 """
 
 import argparse

@@ -156,9 +156,16 @@ def train(
         notes['evaluated'] = True
         monitor.events(learned, step=step)
 
+    collapse = Collapse(config)
+
+    def look(row: dict[str, float] | None) -> None:
+        if warning := collapse.look(row):
+            monitor.say(warning)
+
     def save(step: int) -> None:
-        monitor.flush()
+        row = monitor.flush()
         checkpoints.save(step, layout.gather(state), about | notes)
+        look(row)
 
     def stop(step: int, request: int) -> None:
         save(step)
@@ -193,7 +200,6 @@ def train(
             config.data.max_bad_fraction,
             writes=jax.process_index() == 0,
         )
-        collapse = Collapse(config)
         last_save = time.monotonic()
         learning_rate = jax.jit(schedule)
         seen = news = None
@@ -232,9 +238,7 @@ def train(
             profiled.after(step, metrics)
             # One step computes while the next is queued; a longer queue would hold more batches.
             request = see_to(step - 1, *before)
-            row = monitor.record(step, metrics | {'lr': lr}, data_wait)
-            if warning := collapse.look(row):
-                monitor.say(warning)
+            look(monitor.record(step, metrics | {'lr': lr}, data_wait))
             evaluates = is_due(step, config.evaluate, sizes)
             saves = is_due(step, config.checkpoint, sizes)
             if request or evaluates or saves:  # of this step, before anything is made of it

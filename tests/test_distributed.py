@@ -1,6 +1,8 @@
 """Real processes over gloo: the same training as one process, and the same end."""
 
+import importlib.util
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from processes import ROOT, command, environment, free_port, one_of_two, rows, run
+
+from swav_jax import distributed
+from swav_jax.checkpoint import Checkpoints
+from swav_jax.errors import UserError
 
 FLAGS = (
     '--config.data.limit=128',
@@ -23,15 +29,18 @@ FLAGS = (
 )
 
 
+ENDLESS = ('--config.train.max_steps=0', '--config.optimizer.num_epochs=99999')
+
+
 @pytest.fixture
 def start():
     """Starts a Python process with its output piped; ends what a failed test leaves behind."""
     processes = []
 
-    def start(command):
+    def start(command, **options):
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         env = environment(JAX_ENABLE_X64='True')
-        process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
+        process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes, **options)
         processes.append(process)
         return process
 
@@ -81,8 +90,8 @@ def test_processes_train_like_a_single_one(processes, devices, single, start, tm
 
 @pytest.mark.slow
 def test_the_others_end_when_one_is_killed(start, tmp_path):
-    port, flags = free_port(), ('--config.train.max_steps=0', '--config.optimizer.num_epochs=99999')
-    processes = [start(command(tmp_path, *FLAGS, *flags, *one_of_two(i, port))) for i in range(2)]
+    port = free_port()
+    processes = [start(command(tmp_path, *FLAGS, *ENDLESS, *one_of_two(i, port))) for i in range(2)]
     deadline = time.monotonic() + 300
     while not (tmp_path / 'metrics.jsonl').exists() or len(rows(tmp_path)) < 3:
         assert time.monotonic() < deadline and not any(p.poll() for p in processes)
@@ -134,6 +143,110 @@ def test_bad_images_of_all_processes_are_in_one_list_and_stop_all(start, tmp_pat
     assert sorted(listed) == [str(folder / f'{i:02}.png') for i in range(12)]
 
 
+@pytest.mark.slow
+def test_one_that_fails_alone_tells_the_others_why(start, tmp_path):
+    """Process 1 may write no byte of a checkpoint, as on a full disk of its own."""
+    port, flags = free_port(), (*ENDLESS, '--config.checkpoint.every_steps=2')
+    commands = [command(tmp_path, *FLAGS, *flags, *one_of_two(i, port)) for i in range(2)]
+
+    def full():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+
+    processes = [start(commands[0]), start(commands[1], preexec_fn=full)]
+    first, second = (process.communicate(timeout=500)[1] for process in processes)
+    assert [process.returncode for process in processes] == [2, 2], first + second
+    assert [line for line in second.splitlines() if 'error: no space for a checkpoint' in line]
+    assert 'error: process 1 has ended (no space for a checkpoint' in first
+    assert 'Traceback' not in first + second and 'start all of them again' in first
+
+
+@pytest.mark.slow
+def test_a_collapse_of_all_leaves_the_save_in_flight_whole(start, tmp_path):
+    """The step before the one that ends the run is being saved."""
+    flags = (
+        '--config.loss.temperature=100.0',
+        '--config.train.on_collapse=stop',
+        '--config.train.collapse_patience=3',
+        '--config.checkpoint.every_steps=1',
+        '--config.model.temp_frozen_params_iter_map=(("head/prototypes0",2),)',
+    )
+    port = free_port()
+    processes = [start(command(tmp_path, *FLAGS, *flags, *one_of_two(i, port))) for i in range(2)]
+    ended = [(*p.communicate(timeout=500), p.returncode) for p in processes]
+    assert [code for *_, code in ended] == [3, 3], ended
+    assert all('error: collapsed: ' in err for _, err, _ in ended)
+    folder = tmp_path / 'checkpoints'
+    assert not [path.name for path in folder.iterdir() if not path.name.isdigit()]
+    newest = max(int(path.name) for path in folder.iterdir())
+    assert newest == rows(tmp_path)[-1]['step'], 'no step is lost'
+    step, _, metadata = Checkpoints(folder).read(('params',))
+    assert step == newest and metadata['images']['count'] == 128
+
+
+IMPATIENT = """
+import sys
+from swav_jax import distributed, ending
+distributed.JOIN_TIMEOUT, ending.HEARTBEAT_TIMEOUT = 10, 10
+from swav_jax.main import main
+sys.exit(main(sys.argv))
+"""
+
+
+def impatient(workdir, *flags):
+    """The command of a process that waits less long for the others."""
+    return [sys.executable, '-c', IMPATIENT, *command(workdir, *flags)[3:]]
+
+
+@pytest.mark.slow
+def test_one_that_does_not_come_is_not_waited_for(start, tmp_path):
+    """One of two mistypes a flag; of three others only the first or the last is started."""
+    port, others = free_port(), free_port()
+    mistyped = [start(impatient(tmp_path, *one_of_two(i, port), *own)) for i, own in
+                enumerate(((), ('--nonsense=1',)))]  # fmt: skip
+    alone = [start(impatient(tmp_path, *one_of_two(1, others)))]
+    ended = [(p.communicate(timeout=120)[1], p.returncode) for p in mistyped + alone]
+    assert [code for _, code in ended] == [2, 2, 2], ended
+    assert 'nonsense' in ended[1][0]
+    for said, _ in ended[0], ended[2]:
+        assert said.count('\n') == 1 and 'error: not all processes came to --coordinator' in said
+        assert 'within 10 seconds' in said
+
+
+@pytest.mark.slow
+def test_one_that_stood_still_says_so_as_do_the_others(start, tmp_path):
+    port = free_port()
+    commands = [impatient(tmp_path, *FLAGS, *ENDLESS, *one_of_two(i, port)) for i in range(2)]
+    processes = [start(command) for command in commands]
+    deadline = time.monotonic() + 300
+    while not (tmp_path / 'metrics.jsonl').exists() or len(rows(tmp_path)) < 3:
+        assert time.monotonic() < deadline and not any(p.poll() for p in processes)
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGSTOP)
+    said = processes[0].communicate(timeout=100)[1]
+    assert processes[0].returncode == 1 and 'Traceback' not in said
+    assert 'error: another process has ended without a word, or did not answer' in said
+    processes[1].send_signal(signal.SIGCONT)
+    said = processes[1].communicate(timeout=100)[1]
+    assert processes[1].returncode == 1 and 'Traceback' not in said
+    assert 'error: this process stood still for' in said or 'another process has ended' in said
+
+
+def test_the_launcher_ends_those_that_wait_for_one_that_failed(capfd, monkeypatch):
+    spec = importlib.util.spec_from_file_location('launcher', ROOT / 'scripts' / 'launch_local.py')
+    launcher = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(launcher)
+    monkeypatch.setattr(launcher, 'GRACE', 0.3)
+    for second, code, words in (
+        ('exit 0', 0, ''),
+        ('exit 3', 3, 'error: process 1 has ended with code 3: ending process 0, 2, which'),
+        ('kill -KILL $$', 137, 'error: process 1 was ended by SIGKILL: ending process 0, 2, which'),
+    ):
+        wait = 'sleep 60' if code else 'exit 0'
+        shells = [subprocess.Popen(['sh', '-c', script]) for script in (wait, second, wait)]
+        assert launcher.wait(shells) == code
+        assert capfd.readouterr().err.startswith(words)
+
+
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
@@ -148,3 +261,9 @@ def test_flags_that_join_nothing_are_explained(flags, message, tmp_path):
     assert ended.returncode == 2
     assert ended.stderr.startswith('error: ') and ended.stderr.count('\n') == 1
     assert message in ended.stderr
+
+
+@pytest.mark.parametrize('coordinator', ['', 'a', ':1', 'a:', 'a:0', 'a:70000', 'a:-1', 'a:1 '])
+def test_a_coordinator_is_a_host_and_a_port(coordinator):
+    with pytest.raises(UserError, match='must be HOST:PORT'):
+        distributed.join(coordinator, 2, 0)
