@@ -27,12 +27,13 @@ from swav_jax.initial_state import make_schedule, make_state, start_from
 from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
 from swav_jax.nan_skip import SkipBatches, after_nan, batch_of_step
+from swav_jax.printable import printable
 from swav_jax.profiling import Profile
-from swav_jax.resume import check_config
-from swav_jax.signals import SAVE, STOP_FOR_USER, Interrupted, Signals
+from swav_jax.resume import check_config, check_notes
+from swav_jax.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals
 from swav_jax.state import Layout
 from swav_jax.step import make_train_step
-from swav_jax.workdir import locked, open_workdir, write_config
+from swav_jax.workdir import explained, locked, open_workdir, write_config
 
 
 def run(
@@ -70,6 +71,7 @@ def run(
             settings.validate(config)
             check_float64(config)
             workdir = open_workdir(workdir)
+            stack.enter_context(explained(workdir))
             stack.enter_context(locked(workdir))
         skip = None
         while True:
@@ -116,6 +118,7 @@ def train(
     )
 
     def accept(saved: dict[str, Any]) -> None:
+        check_notes(saved)
         if not force:
             check_config(config, sizes.batch_size, saved)
 
@@ -131,7 +134,7 @@ def train(
     # Without a checkpoint in between, skips before this one became part of it.
     skips = max(len(notes['left_out']), skip.count if skip else 0)
     first_batch = batch_of_step(first_step + 1, notes['left_out'])
-    write_config(config, workdir)
+    damaged = write_config(config, workdir)
     monitor = Monitor(
         workdir,
         total_steps=sizes.last_step,
@@ -154,6 +157,10 @@ def train(
         notes['evaluated'] = True
         monitor.events(learned, step=step)
 
+    def wanted() -> int:
+        """What this process asks of all."""
+        return max(signals.request, STOP if monitor.failure else 0)
+
     def save(step: int) -> None:
         monitor.flush()
         description = describe(config, sizes) | notes
@@ -162,14 +169,18 @@ def train(
     def stop(step: int, request: int) -> None:
         save(step)
         checkpoints.close()
+        with distributed.failing_together():
+            monitor.check()
         raise StoppedError(step, by_user=request == STOP_FOR_USER)
 
     with monitor, Profile(workdir / 'profile', first_step, profile) as profiled:
+        if damaged:
+            monitor.say(damaged)
         introduce(monitor, config, sizes, layout, first_step, notes['left_out'])
         if not notes['evaluated']:
             with contextlib.suppress(Interrupted):
                 evaluate(first_step)
-        if request := distributed.largest(signals.request):
+        if request := distributed.largest(wanted()):
             stop(first_step, request)
 
         train_step = make_train_step(net, tx, config, layout)
@@ -213,10 +224,10 @@ def train(
 
         for step in range(first_step + 1, sizes.last_step + 1):
             batch, data_wait = fetch(batches, news)
-            wanted = signals.request
-            if not wanted and is_time(config, last_save):
-                wanted, last_save = SAVE, time.monotonic()
-            batch['request'] = np.full(len(batch['index']), wanted, np.int32)
+            request = wanted()
+            if not request and is_time(config, last_save):
+                request, last_save = SAVE, time.monotonic()
+            batch['request'] = np.full(len(batch['index']), request, np.int32)
             profiled.before(step)
             lr = learning_rate(optim.updates_made(state.opt_state))
             before = seen, news
@@ -246,12 +257,13 @@ def train(
                 save(step)
                 last_save = time.monotonic()
         checkpoints.close()
-        summary = monitor.finish(notes['results'])
+        with distributed.failing_together():
+            summary = monitor.finish(notes['results'])
         if config.evaluate.report:
             found = evaluation.look(layout.gather(state), evaluation.test)
             if jax.process_index() == 0:
                 report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
-                monitor.say(f'look at {workdir}/report.html')
+                monitor.say(f'look at {printable(workdir)}/report.html')
     return summary
 
 
