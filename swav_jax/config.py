@@ -297,9 +297,6 @@ def validate(config: ConfigDict) -> None:
     _check(config, 'optimizer.name', _is_one_of('sgd', 'lars'))
     _check(config, 'train.on_nan', _is_one_of('stop', 'skip'))
     _check(config, 'train.on_collapse', _is_one_of('warn', 'stop'))
-    _check(
-        config, 'data.source', bool, 'a source of images, as --config.data.source=folder:/images'
-    )
     _validate_crops(config)
     _validate_normalisation(config)
     _check(

@@ -3,6 +3,21 @@
 What a user can mend is one line that names the setting, its value, what is allowed, what to do.
 """
 
+import errno
+import os
+
+from swav_jax.printable import printable
+
+_REMEDIES = {
+    errno.EACCES: 'allow it, or name another place',
+    errno.EDQUOT: 'make room, then start again',
+    errno.EMFILE: 'raise the limit (ulimit -n)',
+    errno.ENAMETOOLONG: 'take a shorter name',
+    errno.ENOSPC: 'make room, then start again',
+    errno.EPERM: 'allow it, or name another place',
+    errno.EROFS: 'name another place',
+}
+
 
 class RunFailedError(Exception):
     """Not a number, or a collapse: `main` prints it, without a stack trace, and exits with 3."""
@@ -22,3 +37,12 @@ class UserError(Exception):
 
 class SaidElsewhereError(UserError):
     """A mistake that process 0 has told the user; this process ends without a word."""
+
+
+def os_error_line(error: OSError) -> str:
+    """What the system refused, and of which file, in one line: 'PATH: reason'."""
+    names = [n for n in (error.filename, error.filename2) if n is not None]
+    paths = ' → '.join(printable(n if isinstance(n, int) else os.fsdecode(n)) for n in names)
+    reason = error.strerror or str(error) or type(error).__name__
+    parts = [paths, printable(' '.join(str(reason).split())), _REMEDIES.get(error.errno)]
+    return ': '.join(filter(None, parts))

@@ -8,13 +8,12 @@ checkpoint's trunk and heads, for VISSL's evaluations), swav (trunk, projection 
 for facebookresearch/swav).
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from swav_jax import torch_weights
+from swav_jax import cli, torch_weights
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.errors import UserError
 from swav_jax.torch_layouts import LAYOUTS
@@ -55,24 +54,26 @@ def export(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog='python -m swav_jax.export',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('--workdir', required=True, help='folder of the run')
-    parser.add_argument('--out', required=True, help='file to write')
+    return cli.run(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = cli.Parser(__doc__)
+    parser.add_argument('--workdir', type=cli.path, required=True, help='folder of the run')
+    parser.add_argument('--out', type=cli.new_file, required=True, help='file to write')
     parser.add_argument('--layout', choices=LAYOUTS, default='torchvision')
     parser.add_argument('--format', choices=torch_weights.FORMATS, default='pth')
-    parser.add_argument('--step', type=int, help='which checkpoint (default: the newest)')
-    args = parser.parse_args(argv)
-    try:
-        options = dict(layout=args.layout, file_format=args.format, step=args.step)
-        print(export(args.workdir, args.out, **options))
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument('--step', type=cli.integer(), help='which checkpoint (default: the newest)')
+    found = parser.parse(argv)
+    print(
+        export(
+            found.workdir,
+            found.out,
+            layout=found.layout,
+            file_format=found.format,
+            step=found.step,
+        )
+    )
 
 
 if __name__ == '__main__':

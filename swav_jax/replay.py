@@ -7,15 +7,16 @@ step, and tells which numbers are not finite. Exit codes: 3 the step is not fini
 finite now, 2 something to mend. Run it on as many devices as the run had for the very same numbers.
 """
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from swav_jax import cli
 from swav_jax import config as settings
 from swav_jax import mesh as meshes
 from swav_jax.checkpoint import Checkpoints
@@ -79,20 +80,16 @@ def not_finite(tree: Any) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Replay the dump that the command line names; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog='python -m swav_jax.replay',
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument('folder', type=Path, help='nan_dump of a run')
-    folder = parser.parse_args(argv).folder
-    try:
-        metrics = replay(folder)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> int:
+    parser = cli.Parser(__doc__)
+    parser.add_argument('folder', type=cli.path, help='nan_dump of a run')
+    folder = parser.parse(argv).folder
+    metrics = replay(folder)
     for name in ('loss', 'grad_norm', 'update_norm'):
         print(f'{name} {metrics[name]}')
     with np.load(folder / 'arrays.npz', allow_pickle=False) as arrays:

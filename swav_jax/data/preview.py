@@ -17,40 +17,46 @@ from pathlib import Path
 import jax
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 
-from swav_jax import augment
+from swav_jax import atomic, augment, cli
 from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
-from swav_jax.errors import UserError
-from swav_jax.main import parse
 
 
 def main(argv: Sequence[str]) -> int:
     """Draw what the command line names; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0], allow_abbrev=False)
-    parser.add_argument('--output', type=Path, default=Path('preview.png'))
-    parser.add_argument('--images', type=int, default=6)
-    own, others = parser.parse_known_args(argv[1:])
-    try:
-        config = parse([argv[0], *others]).config
-        if config is None:
-            raise UserError('--config is missing: name a file of settings, as configs/demo.py')
-        draw(config, own.output, max(own.images, 1))
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    print(own.output)
-    return 0
+    return cli.run(_main, argv)
+
+
+def _main(argv: Sequence[str]) -> None:
+    parser = cli.Parser(__doc__, changes=True)
+    parser.add_argument('--config', required=True, help='file of settings, as configs/demo.py')
+    parser.add_argument('--output', type=_picture, default=Path('preview.png'))
+    parser.add_argument('--images', type=cli.integer(1, 1000), default=6)
+    found = parser.parse(argv[1:])
+    draw(cli.read_config(found.config, found.changes), found.output, found.images)
+    print(found.output)
+
+
+def _picture(text: str) -> Path:
+    """A file that a figure can be written to; a PNG where its name has no ending."""
+    path = cli.new_file(text)
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in known:
+        raise argparse.ArgumentTypeError(f'={text}: must end in one of .{", .".join(known)}')
+    return path
 
 
 def draw(config: ConfigDict, path: Path, images: int) -> None:
-    """Write the picture of the first `images` images of a run to `path`, a PNG.
+    """Write the picture of the first `images` images of a run to `path`, whole or not at all.
 
     Raises:
       UserError: a setting or the data cannot work.
+      OSError: `path` cannot be written.
     """
     settings.validate(config)
     data = config.data
@@ -77,10 +83,8 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
         for _ in range(count)
     ]
     figure = contact_sheet(source, batch, crops, titles, data)
-    try:
-        figure.savefig(path, dpi=100)
-    except OSError as error:
-        raise UserError(f'--output={path} cannot be written ({error.strerror})') from error
+    with atomic.replacing(path) as temporary, temporary.open('wb') as file:
+        figure.savefig(file, dpi=100, format=path.suffix[1:].lower() or 'png')
 
 
 def contact_sheet(

@@ -1,57 +1,49 @@
 """What the command lines of `python -m swav_jax.evaluate.…` have in common."""
 
 import argparse
-import ast
-import runpy
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from ml_collections import ConfigDict
-
+from swav_jax import cli
 from swav_jax import config as settings
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 
 
-def parser(description: str, *, weights: bool = True) -> argparse.ArgumentParser:
+def parser(description: str, *, weights: bool = True) -> cli.Parser:
     """A parser with the flags that say which network and how many images.
 
     Args:
       description: what --help says first.
       weights: whether PyTorch weights will do; else it has to be a run.
     """
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = cli.Parser(description, changes=True)
     which = made.add_mutually_exclusive_group(required=True)
-    which.add_argument('--workdir', help='folder of a run')
+    which.add_argument('--workdir', type=cli.path, help='folder of a run')
     if weights:
-        which.add_argument('--weights', help='PyTorch weights: .pth or .safetensors')
+        which.add_argument('--weights', type=cli.path, help='PyTorch weights: .pth, .safetensors')
         made.add_argument('--config', help='with --weights: the config file of their network')
-    made.add_argument('--step', type=int, help='which checkpoint of the run (default: newest)')
-    made.add_argument('--limit', type=int, default=0, help='use N images, evenly spread (0: all)')
-    made.epilog = 'Settings of the run can be changed, as --config.evaluate.size=160.'
+    made.add_argument('--step', type=cli.integer(), help='which checkpoint (default: the newest)')
+    made.add_argument(
+        '--limit', type=cli.integer(), default=0, help='use N images, evenly spread (0: all)'
+    )
+    made.epilog = 'Settings can be changed, as --config.evaluate.size=160.'
     return made
 
 
 def run(
     main: Callable[[argparse.Namespace], None],
-    made: argparse.ArgumentParser,
+    made: cli.Parser,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Parse the command line, call `main`, and return the exit code: 2 for the user's mistakes."""
-    arguments, rest = made.parse_known_args(argv)
-    try:
-        for argument in rest:
-            if not argument.startswith('--config.'):
-                raise UserError(f'{argument!r} is not known: see --help')
-        arguments.changes = rest
-        main(arguments)
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+    """Parse the command line, call `main`, and return the exit code: 2 for the user's mistakes.
+
+    Args:
+      main: does what the flags say.
+      made: of `parser`, with more flags.
+      argv: the flags (default: those of the process).
+    """
+    return cli.run(lambda words: main(made.parse(words)), sys.argv[1:] if argv is None else argv)
 
 
 def load(arguments: argparse.Namespace):
@@ -62,15 +54,13 @@ def load(arguments: argparse.Namespace):
     """
     from swav_jax.evaluate import model
 
+    for flag, needs in (('config', 'weights'), ('step', 'workdir')):
+        if getattr(arguments, flag, None) is not None and not getattr(arguments, needs, None):
+            raise UserError(f'--{flag}={getattr(arguments, flag)} goes with --{needs}')
     if arguments.workdir:
-        loaded = model.load(arguments.workdir, step=arguments.step)
-    else:
-        loaded = model.load_weights(arguments.weights, read_config(arguments.config))
-    for change in arguments.changes:
-        name, _, value = change.removeprefix('--config.').partition('=')
-        _set(loaded.config, name, value)
-    settings.validate(loaded.config)
-    return loaded
+        return model.load(arguments.workdir, step=arguments.step, changes=arguments.changes)
+    config = cli.load_config(arguments.config) if arguments.config else settings.default()
+    return model.load_weights(arguments.weights, cli.override(config, arguments.changes))
 
 
 def add_labelled(made: argparse.ArgumentParser) -> None:
@@ -95,35 +85,3 @@ def open_labelled(model, arguments: argparse.Namespace) -> tuple[Source, Source]
             raise UserError(f'--{flag}={spec} has no labels: put each class into its own folder')
         opened.append(source)
     return tuple(opened)
-
-
-def read_config(spec: str | None) -> ConfigDict:
-    """The settings of a config file, FILE or FILE:ARGUMENT, or the defaults, VISSL's ResNet-50.
-
-    Raises:
-      UserError: there is no such file, or it fails.
-    """
-    if spec is None:
-        return settings.default()
-    path, _, argument = spec.partition(':')
-    if not Path(path).is_file():
-        raise UserError(f'--config={path}: there is no such file; see configs/ for some')
-    try:
-        return runpy.run_path(path)['get_config'](argument)
-    except Exception as error:  # the file is the user's own Python
-        raise UserError(f'--config={spec}: {type(error).__name__}: {error}') from error
-
-
-def _set(config: ConfigDict, name: str, text: str) -> None:
-    try:
-        value = ast.literal_eval(text)
-    except (SyntaxError, ValueError):
-        value = text
-    *folders, leaf = name.split('.')
-    try:
-        for folder in folders:
-            config = config[folder]
-        config[leaf] = value
-    except (AttributeError, KeyError, TypeError) as error:
-        reason = ' '.join(str(error).split()).strip('"\'')
-        raise UserError(f'--config.{name}={text}: {reason}') from error

@@ -13,8 +13,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from swav_jax import config as settings
 from swav_jax import models, torch_weights
 from swav_jax.checkpoint import Checkpoints
+from swav_jax.config_file import override
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource, FileSource, Source
+from swav_jax.digest import named
 from swav_jax.errors import UserError
 from swav_jax.evaluate.features import Features, extract
 from swav_jax.precision import COMPUTE_DTYPES
@@ -94,15 +96,21 @@ class Model:
             raise UserError('these weights have no prototypes: use weights in the layout of VISSL')
 
 
-def load(workdir: str | Path, *, step: int | None = None) -> Model:
+def load(
+    workdir: str | Path,
+    *,
+    step: int | None = None,
+    changes: Sequence[tuple[str, str | None]] = (),
+) -> Model:
     """The network of a run.
 
     Args:
       workdir: the run's folder.
       step: which checkpoint; None is the newest one that loads.
+      changes: of the run's settings, as `config_file.override` takes them.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or a change cannot be.
     """
     workdir = Path(workdir).expanduser()
     if not (workdir / 'checkpoints').is_dir():
@@ -110,25 +118,56 @@ def load(workdir: str | Path, *, step: int | None = None) -> Model:
     checkpoints = Checkpoints(workdir / 'checkpoints')
     step, variables, metadata = checkpoints.read(('params', 'batch_stats'), step)
     checkpoints.close()
-    config = restore_config(metadata['config'])
-    return Model(_build(config), variables, config, step, True, workdir)
+    config = override(restore_config(metadata['config']), changes)
+    settings.validate(config)
+    net = _build(config)
+    if changes:
+        _check_fits(net, variables, config, step)
+    return Model(net, variables, config, step, True, workdir)
 
 
 def load_weights(path: str | Path, config: ConfigDict) -> Model:
     """The network of `config` with PyTorch weights: see `torch_weights.load_into`.
 
     Raises:
-      UserError: the file cannot be read, or is of another network.
+      UserError: a setting cannot work, or the file cannot be read or is of another network.
     """
+    settings.validate(config)
     net = _build(config)
-    crops = [np.zeros((2, config.evaluate.size, config.evaluate.size, config.data.channels))]
-    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), crops, train=True))
+    shapes = _shapes(net, config)
     # What the file does not fill stays NaN, so that nothing random passes for a result.
     blank = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
     params, batch_stats = torch_weights.load_into(blank['params'], blank['batch_stats'], path)
     has_head = not any(np.isnan(x).any() for x in jax.tree.leaves(params['head']))
     variables = {'params': params, 'batch_stats': batch_stats}
     return Model(net, variables, config, None, has_head, None)
+
+
+def _shapes(net: models.SwAVNet, config: ConfigDict) -> dict[str, Any]:
+    """Shapes of the network's `params` and `batch_stats`."""
+    crops = [np.zeros((2, config.evaluate.size, config.evaluate.size, config.data.channels))]
+    return jax.eval_shape(lambda: net.init(jax.random.key(0), crops, train=True))
+
+
+def _check_fits(
+    net: models.SwAVNet, variables: dict[str, Any], config: ConfigDict, step: int
+) -> None:
+    """Refuse variables that are not this network's.
+
+    Raises:
+      UserError: changed settings make another network.
+    """
+    ours, theirs = (
+        {name: x.shape for name, x in named({k: tree[k] for k in variables}).items()}
+        for tree in (_shapes(net, config), variables)
+    )
+    differ = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+    if differ:
+        name = differ[0]
+        raise UserError(
+            f'the changed --config.… make another network than the checkpoint of step {step} has: '
+            f'{name} is {ours.get(name, "not there")} instead of {theirs.get(name, "not there")}'
+        )
 
 
 def restore_config(saved: Mapping[str, Any]) -> ConfigDict:

@@ -1,0 +1,210 @@
+"""Config files, and the settings that a command line changes in them.
+
+A file is the user's own Python: its `get_config` returns the settings, and whatever it does instead
+is one line.
+"""
+
+import ast
+import contextlib
+import difflib
+import inspect
+import re
+import runpy
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from swav_jax import config as settings
+from swav_jax.errors import UserError
+
+LONGEST_FILE = 10_000_000  # bytes
+BOOLEANS = dict.fromkeys(('true', 't', 'yes', 'y', '1'), True)
+BOOLEANS |= dict.fromkeys(('false', 'f', 'no', 'n', '0'), False)
+
+
+def load_config(spec: str) -> ConfigDict:
+    """The settings that a file's `get_config` returns; `spec` is FILE or FILE:WORDS.
+
+    Raises:
+      UserError: there is no such file, it fails, or what it returns are not the settings.
+    """
+    file, words = _split_spec(spec)
+    try:
+        get_config = runpy.run_path(str(file))['get_config']
+        config = get_config(*_arguments(get_config, words))
+        if isinstance(config, FrozenConfigDict):
+            config = ConfigDict(config)
+        _check_whole(config, settings.default(), 'config', ())
+    except UserError:
+        raise
+    except BaseException as error:  # the file is the user's own Python
+        raise UserError(f'--config={spec}: {_where(error, file)}') from error
+    return config.lock()
+
+
+def _split_spec(spec: str) -> tuple[Path, str]:
+    """File and words of FILE[:WORDS]; a file's own name may have colons, too."""
+    ends = [i for i, c in enumerate(spec) if c == ':'] + [len(spec)]
+    try:
+        files = [Path(spec[:end]).expanduser() for end in ends]
+        for file, end in zip(reversed(files), reversed(ends), strict=True):
+            if file.is_file():
+                if file.stat().st_size > LONGEST_FILE:
+                    raise UserError(f'--config={file} is too long for a file of settings')
+                return file, spec[end + 1 :]
+    except (RuntimeError, ValueError) as error:  # no such home folder; a null byte
+        raise UserError(f'--config={spec}: {error}') from error
+    reason = 'it is a folder' if files[0].is_dir() else 'there is no such file'
+    raise UserError(f'--config={files[0]}: {reason}; see configs/ for some')
+
+
+def _arguments(get_config: Callable[..., Any], words: str) -> list[str]:
+    """What to call `get_config` with: it may take words, may do without, or both."""
+    if not callable(get_config):
+        raise UserError(f'--config: get_config is {get_config!r}, not a function')
+    takes = [len(given) for given in ((), ('',)) if _binds(get_config, given)]
+    if words and 1 not in takes:
+        raise UserError(f'--config: {words!r} after the colon: this file takes no words there')
+    return [words] if words or takes == [1] else []
+
+
+def _binds(function: Callable[..., Any], given: tuple[str, ...]) -> bool:
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError:
+        return False
+    except ValueError:  # a builtin does not say
+        pass
+    return True
+
+
+def _check_whole(value: Any, default: Any, name: str, above: tuple[int, ...]) -> None:
+    """Refuse settings that are no tree, or have other names than the defaults.
+
+    A schedule of the learning rate has names of its own, and its parts are no sections.
+    """
+    if id(value) in above:
+        raise UserError(f'--config: {name} holds itself')
+    above = (*above, id(value))
+    if isinstance(default, ConfigDict) and not isinstance(value, ConfigDict):
+        kind = type(value).__name__
+        raise UserError(f'--config: {name} is a {kind}, not a ConfigDict: begin with default()')
+    if isinstance(value, ConfigDict):
+        free = name.startswith('config.optimizer.param_schedulers')
+        known = value if free or not isinstance(default, ConfigDict) else default
+        for key in (*known, *value):
+            if (key in value) != (key in known):
+                lacks = 'is missing' if key in known else 'is not a setting'
+                raise UserError(f'--config: {name}.{key} {lacks}: begin with default()')
+            inner = default.get(key) if isinstance(default, ConfigDict) else None
+            _check_whole(value[key], inner, f'{name}.{key}', above)
+    elif isinstance(value, (tuple, list)):
+        for i, item in enumerate(value):
+            _check_whole(item, None, f'{name}[{i}]', above)
+
+
+def _where(error: BaseException, file: Path) -> str:
+    """One line that says what failed in a config file, and where."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        return f'{error.filename}, line {error.lineno}: {error.msg}: {(error.text or "").strip()}'
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((f', line {f.lineno}' for f in reversed(frames) if f.filename == str(file)), '')
+    with contextlib.suppress(Exception):  # its text may fail, too
+        text = str(error).partition(' Other fields')[0].strip('\'"')
+        return f'{file}{line}: {type(error).__name__}: {" ".join(text.split())[:300]}'
+    return f'{file}{line}: {type(error).__name__}'
+
+
+def override(config: ConfigDict, changes: Sequence[tuple[str, str | None]]) -> ConfigDict:
+    """Set `config.a.b` or `config.a.b[0]` to what a text says, in the type that the setting has.
+
+    Args:
+      config: is changed, and returned.
+      changes: names and texts, as ('config.loss.epsilon', '0.03'). None sets a boolean to True.
+
+    Raises:
+      UserError: a setting is not known, or does not take its value.
+    """
+    for name, text in changes:
+        given = f'--{name}' if text is None else f'--{name}={text}'
+        steps = re.findall(r'\[-?\d{1,9}\]|\.?[^.\[]*', name.removeprefix('config'))[:-1]
+        try:
+            _changed(config, steps, text)
+        except _UnknownError as error:
+            near = _nearest(name, list(_names(config, 'config')))
+            raise UserError(f'{given}: is not a setting; the nearest one is --{near}') from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = ' '.join(str(error).split()).strip('"\'')
+            raise UserError(f'{given}: {reason}') from error
+    return config
+
+
+class _UnknownError(Exception):
+    """There is no such setting."""
+
+
+def _changed(value: Any, steps: Sequence[str], text: str | None) -> Any:
+    """What `value` becomes: sections change in place, tuples are made anew."""
+    if not steps:
+        return _parsed(text, value)
+    step, *others = steps
+    if step.startswith('[') and isinstance(value, (tuple, list)):
+        items, index = list(value), int(step[1:-1])
+        if not -len(items) <= index < len(items):
+            raise ValueError(f'there are {len(items)} of them, from [0] to [{len(items) - 1}]')
+        items[index] = _changed(items[index], others, text)
+        return type(value)(items)
+    if not isinstance(value, ConfigDict) or step[:1] != '.' or step[1:] not in value:
+        raise _UnknownError
+    inner = value[step[1:]]
+    new = _changed(inner, others, text)
+    if new is not inner:
+        value[step[1:]] = new
+    return value
+
+
+def _parsed(text: str | None, default: Any) -> Any:
+    """The value that a text stands for, in the type of the default."""
+    if isinstance(default, ConfigDict):
+        raise ValueError(f'is a section: set one of {", ".join(default)} in it')
+    if text is None and not isinstance(default, bool):
+        raise ValueError('has no value: put one behind =')
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool):
+        if text is not None and text.lower() not in BOOLEANS:
+            raise ValueError('must be true or false')
+        return True if text is None else BOOLEANS[text.lower()]
+    try:
+        if isinstance(default, (int, float)):
+            return type(default)(text)
+        value = _tuples(ast.literal_eval(text))
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, OverflowError):
+        kind = {int: 'a whole number', float: 'a number'}.get(type(default), 'as (1, 2) or (1,)')
+        raise ValueError(f'must be {kind}') from None
+    return (value,) if isinstance(default, tuple) and not isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _names(value: Any, name: str) -> Iterator[str]:
+    """The names of all settings in a value."""
+    if isinstance(value, ConfigDict):
+        for key in value:
+            yield from _names(value[key], f'{name}.{key}')
+        return
+    yield name
+    for i, item in enumerate(value if isinstance(value, tuple) else ()):
+        if isinstance(item, ConfigDict):
+            yield from _names(item, f'{name}[{i}]')
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    last = name.rpartition('.')[2]
+    same = [n for n in known if n.rpartition('.')[2] == last]  # in another section
+    return difflib.get_close_matches(name, same or known, n=1, cutoff=0)[0]
