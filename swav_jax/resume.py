@@ -44,30 +44,6 @@ def check_config(config: ConfigDict, global_batch: int, saved: Mapping[str, Any]
         )
 
 
-def check_notes(saved: Mapping[str, Any]) -> None:
-    """Make sure that a checkpoint says what a run has to know of the one that it goes on with.
-
-    Raises:
-      ValueError: it does not; whoever reads it takes the checkpoint for a damaged one.
-    """
-    results, left_out = saved.get('results'), saved.get('left_out')
-    sound = (
-        isinstance(saved.get('config'), Mapping)
-        and _is_count(saved.get('global_batch'))
-        and isinstance(saved.get('evaluated'), bool)
-        and isinstance(results, Mapping)
-        and all(isinstance(value, int | float) for value in results.values())
-        and isinstance(left_out, list)
-        and all(isinstance(x, list) and len(x) == 2 and all(map(_is_count, x)) for x in left_out)
-    )
-    if not sound:
-        raise ValueError('its metadata is not that of a run')
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
 def _is(name: str, of: tuple[str, ...]) -> bool:
     return any(name == path or name.startswith(f'{path}.') for path in of)
 

@@ -29,7 +29,7 @@ from swav_jax.monitor import Monitor
 from swav_jax.nan_skip import SkipBatches, after_nan, batch_of_step
 from swav_jax.printable import printable
 from swav_jax.profiling import Profile
-from swav_jax.resume import check_config, check_notes
+from swav_jax.resume import check_config
 from swav_jax.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals
 from swav_jax.state import Layout
 from swav_jax.step import make_train_step
@@ -118,7 +118,6 @@ def train(
     )
 
     def accept(saved: dict[str, Any]) -> None:
-        check_notes(saved)
         if not force:
             check_config(config, sizes.batch_size, saved)
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from swav_jax import atomic
 from swav_jax import config as settings
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, os_error_line
 from swav_jax.printable import printable
 from swav_jax.rows import put_aside_if_no_json
 
@@ -88,10 +88,7 @@ def explanation(error: OSError, workdir: Path) -> UserError:
             f'no space for {path} ({error.strerror}): make room, then start the same command '
             'again; the run goes on from its last checkpoint'
         )
-    return UserError(
-        f'{path}: {error.strerror}: make the files in --workdir={shown} readable and writable, '
-        'then start the same command again'
-    )
+    return UserError(os_error_line(error))
 
 
 @contextlib.contextmanager
