@@ -1,18 +1,43 @@
 """Files that are whole or not there."""
 
 import contextlib
+import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+_LONGEST = 240  # bytes of a name, of the 255 that file systems take
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what is written there takes its place when all went well."""
+    """A temporary name beside `path`; what is written there takes its place when all went well.
+
+    An OSError that names no file, such as that of a full disk, gets `path`'s name.
+    """
     # Processes on other machines, which may have this one's number, write here, too.
-    temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}')
+    name = path.name if len(os.fsencode(path.name)) < _LONGEST else path.name[:20]
+    temporary = path.with_name(f'.{name}.{secrets.token_hex(4)}')
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None or os.fsdecode(error.filename) == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, names: re.Pattern) -> None:
+    """Delete what writers that were killed left in a folder, of files whose names match `names`.
+
+    No such file may be in the making.
+    """
+    for path in folder.iterdir():
+        found = re.fullmatch(r'\.(.+)\.[0-9a-f]+', path.name)
+        if found and names.fullmatch(found[1]):
+            with contextlib.suppress(OSError):
+                path.unlink()

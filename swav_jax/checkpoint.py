@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -53,6 +54,7 @@ _REFUSED = (
 # a backslash, bytes that are no UTF-8): a path of other characters is given to them as a link.
 _PLAIN = re.compile(r'[\w ./,=+@~-]*')
 _LONGEST = 1000  # bytes of a path, to which they add some hundred
+_SMALLEST = 100_000  # bytes of a checkpoint's files
 _READ_AT_ONCE = 2**28  # bytes, of a checkpoint that is read back
 _LONGEST_WAIT = 60  # seconds for which one of several processes that fails finishes a save
 
@@ -502,12 +504,14 @@ class Checkpoints:
             self._delete_temporaries()
         steps = self._steps()
         # The arrays; small ones take less than their files, of which each fills whole blocks.
-        needed = max([self._needed_bytes, *(_size_on_disk(self._path(step)) for step in steps)])
+        needed = max(
+            [self._needed_bytes, _SMALLEST, *(_size_on_disk(self._path(step)) for step in steps)]
+        )
         there = self._directory if self._directory.exists() else self._directory.parent
         free = shutil.disk_usage(there).free
         return (
-            f'no space for a checkpoint in {self._shown}: it needs up to {needed / 1e6:,.1f} MB, '
-            f'{free / 1e6:,.1f} MB are free; checkpoints on disk: {steps or "none"}, intact. Make '
+            f'no space for a checkpoint in {self._shown}: it needs up to {_size(needed)}, '
+            f'{_size(free)} are free; checkpoints on disk: {steps or "none"}, intact. Make '
             'room or lower config.checkpoint.keep, then start again'
         )
 
@@ -522,7 +526,7 @@ def _quiet_orbax() -> None:
     absl_logging.get_absl_logger().addFilter(
         lambda record: 'orbax' not in record.pathname or record.levelname != 'ERROR'
     )
-    logging.getLogger('asyncio').addFilter(lambda record: 'orbax' not in record.getMessage())
+    logging.getLogger('asyncio').addFilter(lambda record: not _is_of_orbax(record))
     hook = sys.unraisablehook
 
     def all_but_abandoned_coroutines(unraisable: Any) -> None:
@@ -531,6 +535,17 @@ def _quiet_orbax() -> None:
             hook(unraisable)
 
     sys.unraisablehook = all_but_abandoned_coroutines
+
+
+def _is_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether it tells of a coroutine of orbax, or of an exception that came from there."""
+    error = record.exc_info and record.exc_info[1]
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    return 'orbax' in record.getMessage() or any('orbax' in frame.filename for frame in frames)
+
+
+def _size(count: int) -> str:
+    return f'{count / 1e6:,.1f} MB' if count >= 1e5 else f'{count / 1e3:.0f} kB'
 
 
 def _size_on_disk(folder: Path) -> int:

@@ -12,6 +12,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from swav_jax import cli, torch_weights
 from swav_jax.checkpoint import Checkpoints
@@ -44,12 +45,19 @@ def export(
     if not folder.is_dir():
         raise UserError(f'--workdir={workdir} is not the folder of a run: it has no checkpoints/')
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        step, variables, metadata = checkpoints.read(('params', 'batch_stats'), step)
-    activation = metadata['config']['model']['head']['activation_name'].lower() != 'none'
+        step, variables, metadata = checkpoints.read(
+            ('params', 'batch_stats'), step, accept=_has_activation
+        )
+    activation = _has_activation(metadata)
     state = torch_weights.to_torch(**variables, layout=layout, activation=activation)
     torch_weights.write(out, state, file_format)
     content = 'the trunk' if layout == 'torchvision' else 'trunk, head and prototypes'
     return f'{out}: {content} of step {step}, {len(state)} tensors, layout {layout}'
+
+
+def _has_activation(metadata: dict[str, Any]) -> bool:
+    """Whether the head of a run has activations."""
+    return metadata['config']['model']['head']['activation_name'].lower() != 'none'
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,11 +18,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from swav_jax import atomic
+from swav_jax.rows import Rows, put_aside_if_no_json, read_rows
+from swav_jax.tensorboard import TensorBoard
+from swav_jax.workdir import explanation
 
 _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
+_COLUMNS = ('epoch', 'loss', 'lr', 'images_per_second', 'data_wait', 'loss_over_ln_k')
 _MOST_WAITING = 0.05  # share of the time that devices may wait for data unsaid
 
 
@@ -38,8 +41,12 @@ class Monitor:
             apart.
         log_every_steps: steps between logged ones; the first and the last step are logged too.
         first_step: steps made before, where a run is resumed. What is on record beyond them is
-            dropped, since those steps are made again.
+            dropped, since those steps are made again; a file that is damaged is put aside.
         console: where to print (default: stdout).
+
+    Attributes:
+        failure: why metrics.jsonl or events.jsonl cannot be written any more, or None. It is not
+            raised at once, so that the run can save what it has; `finish` and `check` do.
 
     Raises:
         OSError: `workdir` cannot be written.
@@ -66,17 +73,20 @@ class Monitor:
         self._pending: dict[str, Any] | None = None
         self._logged_step, self._logged_at, self._waited = first_step, time.monotonic(), 0.0
         self._writes = jax.process_index() == 0
-        self._has_compiled = self._warned = False
+        self._has_compiled = self._warned = self._closed = False
+        self.failure: OSError | None = None
         if self._writes:
-            self._workdir.mkdir(parents=True, exist_ok=True)
-            for name in ('metrics.jsonl', 'events.jsonl'):
-                _drop_beyond(self._workdir / name, first_step)
-            self._metrics = (self._workdir / 'metrics.jsonl').open('a')
-            self._events = (self._workdir / 'events.jsonl').open('a')
-            self._tensorboard = SummaryWriter(
-                str(self._workdir / 'tensorboard'), purge_step=first_step + 1
-            )
+            self._metrics = Rows(self._workdir / 'metrics.jsonl')
+            self._events = Rows(self._workdir / 'events.jsonl')
+            damaged = [
+                self._metrics.keep(first_step, _COLUMNS),
+                self._events.keep(first_step),
+                put_aside_if_no_json(self._workdir / 'summary.json'),
+            ]
+            self._tensorboard = TensorBoard(self._workdir / 'tensorboard', first_step + 1)
             self._line = _Line(console or Console(), total_steps, first_step)
+            for line in filter(None, damaged):
+                self.say(line)
 
     def __enter__(self) -> 'Monitor':
         return self
@@ -128,10 +138,7 @@ class Monitor:
         row = {'step': pending.pop('step'), 'epoch': pending.pop('epoch'), 'loss': loss, 'lr': lr}
         row |= pending | {'loss_over_ln_k': loss / self._ln_k} | dict(sorted(metrics.items()))
         if self._writes:
-            _append(self._metrics, row)
-            for name, value in row.items():
-                if name != 'step' and math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, row['step'])
+            self._note(self._metrics, row)
             self._line.tell(row['step'], _sentence(row, self._total_steps, self._left(row)))
             self._warn_of_waiting(row)
             self._has_compiled = True
@@ -156,11 +163,35 @@ class Monitor:
         """Note numbers that few steps have, such as the accuracy of a kNN classifier."""
         if self._writes and values:
             epoch = round(step / self._steps_per_epoch, 4)
-            _append(self._events, {'step': step, 'epoch': epoch} | dict(values))
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._note(self._events, {'step': step, 'epoch': epoch} | dict(values))
             numbers = ', '.join(f'{name} {value:.4g}' for name, value in values.items())
             self.say(f'step {step}/{self._total_steps}  {numbers}')
+
+    def _note(self, rows: Rows, row: dict[str, Any]) -> None:
+        """Write a row into its file and into TensorBoard, which is only a view and may fail."""
+        try:
+            rows.append(row)
+        except OSError as error:
+            self.failure = self.failure or error
+        if self._tensorboard is None:
+            return
+        try:
+            for name, value in row.items():
+                if name != 'step' and math.isfinite(value):
+                    self._tensorboard.scalar(name, value, row['step'])
+        except OSError as error:
+            self._tensorboard.close()
+            self._tensorboard = None
+            self.say(f'TensorBoard gets no more events: {error.strerror}')
+
+    def check(self) -> None:
+        """Raise what kept rows from being written.
+
+        Raises:
+            UserError: they could not be written.
+        """
+        if self.failure is not None:
+            raise explanation(self.failure, self._workdir) from self.failure
 
     def say(self, text: str) -> None:
         """Print lines that stay, above the progress line."""
@@ -176,11 +207,17 @@ class Monitor:
         Returns:
             All of it: steps, epochs, loss_first, loss_last, loss_last_over_ln_k, images_per_second
             (the median over the logged steps) and data_wait_share (of the time), then `summary`.
+
+        Raises:
+            UserError: rows could not be written.
+            OSError: summary.json cannot be written.
         """
         self.flush()
+        self.check()
         if not self._writes:
             return dict(summary)
-        summary = _in_short(read_rows(self._workdir / 'metrics.jsonl'), self._batch_size) | summary
+        rows = read_rows(self._workdir / 'metrics.jsonl', _COLUMNS)
+        summary = _in_short(rows, self._batch_size) | summary
         with atomic.replacing(self._workdir / 'summary.json') as path:
             path.write_text(json.dumps(summary, indent=2) + '\n')
         self.close()
@@ -189,24 +226,11 @@ class Monitor:
 
     def close(self) -> None:
         """Write what is pending and give the terminal back; harmless when done already."""
-        if self._writes and not self._metrics.closed:
+        if self._writes and not self._closed:
+            self._closed = True
             self._line.stop()
-            self._metrics.close()
-            self._events.close()
-            self._tensorboard.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects in a .jsonl file; a line that a killed process left unfinished is passed over."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
 
 class _Line:
@@ -270,7 +294,7 @@ def _in_short(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
     if not rows:
         return {'steps': 0}
     steady = rows[1:] or rows  # the first one holds the compilation
-    rate = statistics.median(row['images_per_second'] for row in steady)
+    rate = _median(steady, 'images_per_second')
     return {
         'steps': rows[-1]['step'],
         'epochs': rows[-1]['epoch'],
@@ -278,19 +302,9 @@ def _in_short(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
         'loss_last': rows[-1]['loss'],
         'loss_last_over_ln_k': rows[-1]['loss_over_ln_k'],
         'images_per_second': rate,
-        'data_wait_share': statistics.median(r['data_wait'] for r in steady) * rate / batch_size,
+        'data_wait_share': _median(steady, 'data_wait') * rate / batch_size,
     }
 
 
-def _append(file: Any, row: Mapping[str, Any]) -> None:
-    """Write a row as one line; what is not a finite number becomes null, for JSON has no NaN."""
-    finite = {k: v if math.isfinite(v) else None for k, v in row.items()}
-    file.write(json.dumps(finite) + '\n')
-    file.flush()
-
-
-def _drop_beyond(path: Path, step: int) -> None:
-    """Keep the rows up to `step`; none where a run begins anew."""
-    kept = [row for row in read_rows(path) if step and row['step'] <= step]
-    with atomic.replacing(path) as temporary:
-        temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+def _median(rows: list[dict[str, Any]], name: str) -> float:
+    return statistics.median([row[name] for row in rows if row[name] is not None] or [0.0])

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from swav_jax import swav
+from swav_jax import distributed, swav
 from swav_jax.checkpoint import Checkpoints
+from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
 from swav_jax.mesh import AXES, BATCH, CROPS
 from swav_jax.models import SwAVNet, head
 from swav_jax.state import Layout, TrainState
@@ -33,7 +35,8 @@ def write(
 ) -> Path:
     """Write `nan_dump/` into the folder of the run; returns its path. All processes call it.
 
-    It holds about.json; arrays.npz with `index` (B,), `weight` (B,), `embeddings` (V, B, D), of
+    It holds about.json, which the checkpoint repeats; arrays.npz with `index` (B,), `weight` (B,),
+    `embeddings` (V, B, D), of
     each head `scores0` (V, B, K) and `codes0` (A, B, K), and of each group `crops0` (n, 64, S, S,
     channels); and state/, a checkpoint of the state before the step.
 
@@ -43,24 +46,44 @@ def write(
       state: as the step left it, `step` below 0.
       batch: the step's batch, on the mesh.
       about: what replaying needs to know.
+
+    Raises:
+      UserError: it cannot be written.
     """
     folder = workdir / 'nan_dump'
     whole = layout.gather(state)
     whole = whole.replace(step=jax.jit(lambda step: ~step)(whole.step))
     arrays = {'index': batch['index'], 'weight': batch['weight']}
     arrays |= jax.jit(functools.partial(_look, net, config, layout))(state, batch)
-    arrays = {name: _everywhere(x) for name, x in arrays.items()}
-    if jax.process_index() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        np.savez(folder / 'arrays.npz', **arrays)
-        (folder / 'about.json').write_text(json.dumps(about, indent=2) + '\n')
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices('dump begun')
-    checkpoints = Checkpoints(folder / 'state')
-    checkpoints.save(about['step'] - 1, whole, about)
-    checkpoints.close()
+    arrays = {name: _plain(_everywhere(x)) for name, x in arrays.items()}
+    try:
+        with distributed.failing_together():
+            if jax.process_index() == 0:
+                _write_arrays(folder, arrays, about)
+        checkpoints = Checkpoints(folder / 'state')
+        checkpoints.save(about['step'] - 1, whole, about)
+        checkpoints.close()
+    except SaidElsewhereError:
+        raise
+    except (OSError, UserError) as error:
+        reason = os_error_line(error) if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f'step {about["step"]:,} is not finite, and its dump cannot be written: {reason}'
+        ) from error
     return folder
+
+
+def _write_arrays(folder: Path, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    path = folder / 'arrays.npz'
+    try:
+        np.savez(path, **arrays)
+        path = folder / 'about.json'
+        path.write_text(json.dumps(about, indent=2) + '\n')
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _look(
@@ -102,3 +125,8 @@ def _everywhere(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
+
+
+def _plain(x: np.ndarray) -> np.ndarray:
+    """Of a type that NumPy's files know, which bfloat16 is not."""
+    return x.astype(np.float32) if x.dtype == jnp.bfloat16 else x

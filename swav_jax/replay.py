@@ -21,10 +21,12 @@ from swav_jax import config as settings
 from swav_jax import mesh as meshes
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.data import pipeline, sources
+from swav_jax.data.images import Source
 from swav_jax.digest import named
 from swav_jax.errors import UserError
 from swav_jax.evaluate.model import restore_config
 from swav_jax.initial_state import make_schedule, make_state
+from swav_jax.printable import printable
 from swav_jax.step import make_train_step
 
 
@@ -32,12 +34,14 @@ def replay(folder: Path) -> dict[str, float]:
     """Make the step of a dump again; returns its metrics, `finite` among them.
 
     Raises:
-      UserError: the folder holds no dump.
+      UserError: the folder holds no dump, or one that is damaged or was edited; the images are gone
+        or others; the devices are others.
     """
-    if not (folder / 'about.json').is_file():
-        raise UserError(f'{folder} holds no dump: name the nan_dump of a run')
-    about = json.loads((folder / 'about.json').read_text())
+    checkpoints = Checkpoints(folder / 'state')
+    about = _read_about(folder, checkpoints)
+    arrays = read_arrays(folder)
     config = restore_config(about['config'])
+    settings.validate(config)
     mesh = meshes.make_mesh(config.model.sync_bn)
     source = sources.open_source(
         config.data.source, limit=config.data.limit, channels=config.data.channels
@@ -49,11 +53,8 @@ def replay(folder: Path) -> dict[str, float]:
             f'{about["global_batch"]}: use as many devices as the run did'
         )
     net, tx, layout, _ = make_state(config, sizes, make_schedule(config, sizes), mesh)
-    checkpoints = Checkpoints(folder / 'state')
     restored = checkpoints.restore(layout.whole())
     checkpoints.close()
-    if restored is None:
-        raise UserError(f'{folder}/state holds no checkpoint: the dump is not whole')
     batch = next(
         pipeline.train_batches(
             source,
@@ -63,12 +64,97 @@ def replay(folder: Path) -> dict[str, float]:
             first_step=about['batch'],
         )
     )
+    _check_images(source, about, arrays, batch)
     for name, count in not_finite(restored[0]).items():
         print(f'before the step: {count} numbers of {name} are not finite')
     step = make_train_step(net, tx, config, layout)
     _, metrics, news = step(layout.spread(restored[0]), meshes.put_batch(mesh, batch))
     metrics['finite'] = news[0]
     return {name: float(x) for name, x in jax.device_get(metrics).items()}
+
+
+def _read_about(folder: Path, checkpoints: Checkpoints) -> dict[str, Any]:
+    """What about.json says, which has to be what the checkpoint beside it says."""
+    path = folder / 'about.json'
+    if not path.is_file():
+        raise UserError(f'{printable(folder)} holds no dump: name the nan_dump of a run')
+    newest = checkpoints.latest_step()
+    if newest is None:
+        raise UserError(f'{printable(folder)}/state holds no checkpoint: the dump is not whole')
+    about = checkpoints.metadata(newest)
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if found != about:
+        names = about.keys() | (found.keys() if isinstance(found, dict) else set())
+        changed = sorted(
+            name
+            for name in names
+            if not isinstance(found, dict)
+            or name not in found
+            or name not in about
+            or found[name] != about[name]
+        )
+        raise UserError(
+            f'{printable(path)} is not what the run wrote ({printable(", ".join(changed))}): take '
+            'back what was changed'
+        )
+    try:
+        step, batch, size = (about[name] for name in ('step', 'batch', 'global_batch'))
+        sound = isinstance(about['config'], dict) and 0 < step <= batch + 1 < 2**40 and size > 0
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f'{printable(path)} does not say what is replayed: take another dump')
+    return about
+
+
+def read_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """What the step computed in the run.
+
+    Raises:
+      UserError: arrays.npz is missing or damaged.
+    """
+    path = folder / 'arrays.npz'
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        numbers = all(x.dtype.kind in 'biuf' for x in arrays.values())
+        if numbers and {'index', 'weight'} <= arrays.keys():
+            return arrays
+        reason = 'it holds other arrays'
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+        reason = str(error) or type(error).__name__
+    reason = printable(reason.partition('\n')[0])
+    raise UserError(f'{printable(path)} cannot be read ({reason}): the dump is not whole')
+
+
+def _check_images(
+    source: Source, about: dict[str, Any], arrays: dict[str, np.ndarray], batch: pipeline.Batch
+) -> None:
+    """Refuse images that are not those of the step."""
+    images = about.get('images', {})
+    index, weight = arrays['index'], arrays['weight']
+    if not index.shape == weight.shape == batch['index'].shape:
+        raise UserError('arrays.npz of the dump holds another batch: the dump was changed')
+    if (
+        not np.array_equal(np.sort(batch['index']), np.sort(index))
+        or images.get('digest', source.digest()) != source.digest()
+    ):
+        raise UserError(
+            f'the images of config.data.source={about["config"]["data"]["source"]!r} are no longer '
+            'those of the run: put them back to replay its step'
+        )
+    then = dict(zip(index.tolist(), weight.tolist(), strict=True))
+    for i, now in zip(batch['index'].tolist(), batch['weight'].tolist(), strict=True):
+        if now != then[i]:
+            raise UserError(
+                f'{printable(source.name(i))} can{"not" * (not now)} be read now, which was '
+                'otherwise in the run: put the images back to replay its step'
+            )
 
 
 def not_finite(tree: Any) -> dict[str, int]:
@@ -92,9 +178,8 @@ def _main(argv: Sequence[str]) -> int:
     metrics = replay(folder)
     for name in ('loss', 'grad_norm', 'update_norm'):
         print(f'{name} {metrics[name]}')
-    with np.load(folder / 'arrays.npz', allow_pickle=False) as arrays:
-        for name, count in not_finite(dict(arrays)).items():
-            print(f'in the run: {count} numbers of {name} were not finite')
+    for name, count in not_finite(read_arrays(folder)).items():
+        print(f'in the run: {count} numbers of {printable(name)} were not finite')
     print('the step is finite' if metrics['finite'] else 'the step is not finite, as in the run')
     return 0 if metrics['finite'] else 3
 

@@ -25,11 +25,12 @@ from swav_jax.initial_state import make_schedule, make_state, start_from
 from swav_jax.mesh import put_batch
 from swav_jax.monitor import Monitor
 from swav_jax.nan_skip import SkipBatches, after_nan, batch_of_step
+from swav_jax.printable import printable
 from swav_jax.profiling import Profile
-from swav_jax.signals import SAVE, STOP_FOR_USER, Interrupted, Signals
+from swav_jax.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals
 from swav_jax.state import Layout
 from swav_jax.step import make_train_step
-from swav_jax.workdir import locked, open_workdir, write_config
+from swav_jax.workdir import explained, locked, open_workdir, write_config
 
 
 def run(
@@ -67,6 +68,7 @@ def run(
             settings.validate(config)
             check_float64(config)
             workdir = open_workdir(workdir)
+            stack.enter_context(explained(workdir))
             stack.enter_context(locked(workdir))
         skip = None
         while True:
@@ -133,7 +135,7 @@ def train(
     # Without a checkpoint in between, skips before this one became part of it.
     skips = max(len(notes['left_out']), skip.count if skip else 0)
     first_batch = batch_of_step(first_step + 1, notes['left_out'])
-    write_config(written, workdir)
+    damaged = write_config(written, workdir)
     monitor = Monitor(
         workdir,
         total_steps=sizes.last_step,
@@ -162,6 +164,10 @@ def train(
         if warning := collapse.look(row):
             monitor.say(warning)
 
+    def wanted() -> int:
+        """What this process asks of all."""
+        return max(signals.request, STOP if monitor.failure else 0)
+
     def save(step: int) -> None:
         row = monitor.flush()
         checkpoints.save(step, layout.gather(state), about | notes)
@@ -170,17 +176,21 @@ def train(
     def stop(step: int, request: int) -> None:
         save(step)
         checkpoints.close()
+        with distributed.failing_together():
+            monitor.check()
         raise StoppedError(step, by_user=request == STOP_FOR_USER)
 
     profiled = Profile(workdir / 'profile', first_step, profile)
     with checkpoints, monitor, profiled, ending.own_failure():
+        if damaged:
+            monitor.say(damaged)
         introduce(monitor, config, sizes, layout, first_step, notes['left_out'])
         for line in (*source.notes, *said):
             monitor.say(line)
         if not notes['evaluated']:
             with contextlib.suppress(Interrupted):
                 evaluate(first_step)
-        if request := distributed.largest(signals.request):
+        if request := distributed.largest(wanted()):
             stop(first_step, request)
 
         train_step = make_train_step(net, tx, config, layout)
@@ -223,10 +233,10 @@ def train(
 
         for step in range(first_step + 1, sizes.last_step + 1):
             batch, data_wait = fetch(batches, news)
-            wanted = signals.request
-            if not wanted and is_time(config, last_save):
-                wanted, last_save = SAVE, time.monotonic()
-            batch['request'] = np.full(len(batch['index']), wanted, np.int32)
+            request = wanted()
+            if not request and is_time(config, last_save):
+                request, last_save = SAVE, time.monotonic()
+            batch['request'] = np.full(len(batch['index']), request, np.int32)
             profiled.before(step)
             lr = learning_rate(optim.updates_made(state.opt_state))
             before = seen, news
@@ -248,8 +258,9 @@ def train(
                     evaluate(step)
                 except Interrupted:
                     request = signals.request
-                except UserError:  # by images that are not trained on
-                    save(step)
+                except UserError:  # of images that are not trained on
+                    if jax.process_count() == 1:  # others may not know of it
+                        save(step)
                     raise
             if request or saves:
                 if (request > SAVE and step < sizes.last_step) or not notes['evaluated']:
@@ -257,12 +268,13 @@ def train(
                 save(step)
                 last_save = time.monotonic()
         checkpoints.close()
-        summary = monitor.finish(notes['results'])
+        with distributed.failing_together():
+            summary = monitor.finish(notes['results'])
         if config.evaluate.report:
             found = evaluation.look(layout.gather(state), evaluation.test)
             if jax.process_index() == 0:
                 report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
-                monitor.say(f'look at {workdir}/report.html')
+                monitor.say(f'look at {printable(workdir)}/report.html')
     return summary
 
 

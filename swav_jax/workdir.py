@@ -5,7 +5,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,17 @@ from ml_collections import ConfigDict
 
 from swav_jax import atomic
 from swav_jax import config as settings
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, os_error_line
+from swav_jax.printable import printable
+from swav_jax.rows import put_aside_if_no_json
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONGEST_NAME = 300  # bytes of the longest path below the folder
+# What a run itself writes into its folder, whole or not at all.
+_OWN = re.compile(
+    r'(metrics|events)\.jsonl|(config|summary|listing-[0-9a-f]+)\.json|bad_images\.txt|report\.html'
+    r'|(loss|prototypes|map)\.png'
+)
 
 
 def open_workdir(workdir: str | Path) -> Path:
@@ -24,16 +36,59 @@ def open_workdir(workdir: str | Path) -> Path:
     Raises:
       UserError: it cannot be written.
     """
+    shown = printable(workdir)
     path = Path(workdir).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+        longest = os.pathconf(path, 'PC_PATH_MAX')
     except OSError as error:
         raise UserError(
-            f'--workdir={workdir} cannot be written ({error.strerror}): name another folder'
+            f'--workdir={shown} cannot be written ({error.strerror}): name another folder'
         ) from error
+    if len(os.fsencode(path)) + _LONGEST_NAME > longest:
+        raise UserError(
+            f'--workdir={shown} is too long a path for the files below it: name a shorter one, of '
+            f'at most {longest - _LONGEST_NAME:,} bytes'
+        )
     return path
+
+
+@contextlib.contextmanager
+def explained(workdir: Path) -> Iterator[None]:
+    """Turn what the file system refuses below the folder of a run into one line.
+
+    Raises:
+      UserError: it did.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = error.filename
+        if error.errno in _NO_SPACE or (
+            isinstance(path, str | bytes | os.PathLike)
+            and Path(os.fsdecode(path)).is_relative_to(workdir)
+        ):
+            raise explanation(error, workdir) from error
+        raise
+
+
+def explanation(error: OSError, workdir: Path) -> UserError:
+    """What a file below the folder of a run was refused for, and what helps."""
+    shown = printable(workdir)
+    path = printable(os.fsdecode(error.filename)) if error.filename else shown
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists(workdir / 'lock'):  # noqa: PTH110 (an error is no)
+        return UserError(
+            f'--workdir={shown} is gone: it was moved or deleted while the run went on. Put it '
+            'back and start the same command again, or name another folder'
+        )
+    if error.errno in _NO_SPACE:
+        return UserError(
+            f'no space for {path} ({error.strerror}): make room, then start the same command '
+            'again; the run goes on from its last checkpoint'
+        )
+    return UserError(os_error_line(error))
 
 
 @contextlib.contextmanager
@@ -49,25 +104,44 @@ def locked(workdir: Path) -> Iterator[None]:
     if jax.process_index() > 0:
         yield
         return
-    with (workdir / 'lock').open('a+') as file:
+    path = workdir / 'lock'
+    # What is there may be a pipe, which would keep a process that opens it waiting.
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(lock).st_mode):
+            raise UserError(f'{printable(path)} is no file: move it away')
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             # Some network file systems have no locks: better to train without than not at all.
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                file.seek(0)
+                holder = os.read(lock, 200).decode(errors='replace')
                 raise UserError(
-                    f'--workdir={workdir} is in use by {file.read() or "another run"}: wait for '
-                    'it, stop it, or name another folder'
+                    f'--workdir={printable(workdir)} is in use by '
+                    f'{printable(holder) or "another run"}: wait for it, stop it, or name another '
+                    'folder'
                 ) from error
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {socket.gethostname()}')
-        file.flush()
+        try:
+            os.ftruncate(lock, 0)
+            os.write(lock, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        except OSError as error:
+            error.filename = str(path)
+            raise
+        atomic.remove_leftovers(workdir, _OWN)
         yield
+    finally:
+        os.close(lock)
 
 
-def write_config(config: ConfigDict, workdir: Path) -> None:
-    """Put the settings into config.json, once whole."""
-    if jax.process_index() == 0:
-        with atomic.replacing(workdir / 'config.json') as path:
-            path.write_text(json.dumps(settings.to_dict(config), indent=2) + '\n')
+def write_config(config: ConfigDict, workdir: Path) -> str | None:
+    """Put the settings into config.json, once whole.
+
+    Returns:
+      A line that says what stood there and was put aside, if it was none of a run's.
+    """
+    if jax.process_index() > 0:
+        return None
+    aside = put_aside_if_no_json(workdir / 'config.json')
+    with atomic.replacing(workdir / 'config.json') as path:
+        path.write_text(json.dumps(settings.to_dict(config), indent=2) + '\n')
+    return aside

@@ -20,6 +20,7 @@ from swav_jax.digest import named
 from swav_jax.errors import UserError
 from swav_jax.evaluate.features import Features, extract
 from swav_jax.precision import COMPUTE_DTYPES
+from swav_jax.printable import printable
 
 
 @dataclass
@@ -116,7 +117,9 @@ def load(
     if not (workdir / 'checkpoints').is_dir():
         raise UserError(f'--workdir={workdir} holds no checkpoints: name the folder of a run')
     checkpoints = Checkpoints(workdir / 'checkpoints')
-    step, variables, metadata = checkpoints.read(('params', 'batch_stats'), step)
+    step, variables, metadata = checkpoints.read(
+        ('params', 'batch_stats'), step, accept=lambda saved: restore_config(saved['config'])
+    )
     checkpoints.close()
     config = override(restore_config(metadata['config']), changes)
     settings.validate(config)
@@ -171,10 +174,29 @@ def _check_fits(
 
 
 def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
-    """The settings that `config.to_dict` made plain; new ones have their defaults."""
+    """The settings that `config.to_dict` made plain; new ones have their defaults.
+
+    Raises:
+      UserError: they are those of another version.
+    """
     config = settings.default()
-    with config.unlocked():
-        config.update(_tuples(saved))
+    known = {name for name, _ in settings.flatten(config)}
+    try:
+        with config.unlocked():
+            schedulers = saved.get('optimizer', {}).get('param_schedulers', {})
+            for name, schedule in config.optimizer.param_schedulers.items():
+                if schedulers.get(name, schedule)['name'] != schedule.name:
+                    del config.optimizer.param_schedulers[name]  # another kind has other parts
+            config.update(_tuples(saved))
+        for name, _ in settings.flatten(config):
+            if name not in known and not name.startswith('config.optimizer.param_schedulers.'):
+                raise ValueError(f'{name} is not known')
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = printable(str(error).partition('\n')[0])
+        raise UserError(
+            f'the settings are not those of this version of swav_jax ({reason}): use the version '
+            'that made them'
+        ) from error
     return config
 
 

@@ -8,6 +8,7 @@ into the run's folder, and images and a projector of embeddings for TensorBoard.
 
 import argparse
 import base64
+import contextlib
 import io
 import json
 import math
@@ -30,6 +31,7 @@ from swav_jax.data.images import Source
 from swav_jax.evaluate import clusters, command, figures, gallery, tsne
 from swav_jax.evaluate.features import Features
 from swav_jax.monitor import read_rows
+from swav_jax.tensorboard import TensorBoard
 
 MAPPED = 1000  # images in the map; its cost grows with their square
 PICTURED = 2000  # images to look at, where none are named
@@ -126,10 +128,13 @@ def write_tensorboard(workdir: Path, found: Features, source: Source, step: int)
     chosen = _some(found, math.isqrt(min(MAPPED, np.count_nonzero(found.readable))) ** 2)
     if (workdir / 'tensorboard' / f'{step:05}').exists():  # by an earlier call
         return
-    with SummaryWriter(str(workdir / 'tensorboard')) as writer:
+    with contextlib.closing(TensorBoard(workdir / 'tensorboard')) as board:
         for place, item in enumerate(gallery.prototypes(found, source, most=30, images=10)):
             strip = np.concatenate([gallery.thumbnail(source, i) for i in item['nearest']], axis=1)
-            writer.add_image(f'prototypes/{place:02}', strip, step, dataformats='HWC')
+            board.image(f'prototypes/{place:02}', strip, step)
+        board.flush()
+    # An embedding lies in files of its own.
+    with SummaryWriter(str(workdir / 'tensorboard'), write_to_disk=False) as writer:
         thumbnails = np.stack([gallery.thumbnail(source, i, 32) for i in chosen])
         writer.add_embedding(
             found.embeddings[chosen],
