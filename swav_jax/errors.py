@@ -3,6 +3,12 @@
 What a user can mend is one line that names the setting, its value, what is allowed, what to do.
 """
 
+from typing import Any
+
+from swav_jax.printable import printable
+
+LONGEST = 200  # characters of a value in a line
+
 
 class RunFailedError(Exception):
     """Not a number, or a collapse: `main` prints it, without a stack trace, and exits with 3."""
@@ -22,3 +28,18 @@ class UserError(Exception):
 
 class SaidElsewhereError(UserError):
     """A mistake that process 0 has told the user; this process ends without a word."""
+
+
+def refusal(name: str, value: Any, allowed: str) -> UserError:
+    """The line that a setting must be something else, as `config.seed=-1: must be 0 or more`."""
+    return UserError(f'{name}={show(value)}: must be {allowed}')
+
+
+def show(value: Any) -> str:
+    """A value on one line of bounded length, whatever it is."""
+    try:
+        text = ' '.join(repr(value).split())
+    except Exception as error:  # an int of thousands of digits, or a class of the user's
+        text = f'<{type(value).__name__}: {type(error).__name__}>'
+    text = printable(text)
+    return text if len(text) <= LONGEST else f'{text[:LONGEST]}…'
