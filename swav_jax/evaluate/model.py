@@ -1,6 +1,7 @@
 """A trained network to work with: `load('runs/demo').embed(images)`."""
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from swav_jax import config as settings
-from swav_jax import models, torch_weights
+from swav_jax import digest, models, torch_weights
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource, FileSource, Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate.features import Features, extract
 from swav_jax.precision import COMPUTE_DTYPES
+from swav_jax.printable import printable
 
 
 @dataclass
@@ -84,6 +86,12 @@ class Model:
             return self.extract(ArraySource('images', images))
         return self.extract(FileSource([str(path) for path in images]))
 
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell the trunk's weights and statistics from others."""
+        found = digest.digests({kind: part['trunk'] for kind, part in self.variables.items()})
+        text = ''.join(f'{name} {found[name]}\n' for name in sorted(found))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def need_head(self) -> None:
         """Make sure that there are prototypes.
 
@@ -102,7 +110,7 @@ def load(workdir: str | Path, *, step: int | None = None) -> Model:
       step: which checkpoint; None is the newest one that loads.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or its weights are not finite.
     """
     workdir = Path(workdir).expanduser()
     if not (workdir / 'checkpoints').is_dir():
@@ -110,6 +118,7 @@ def load(workdir: str | Path, *, step: int | None = None) -> Model:
     checkpoints = Checkpoints(workdir / 'checkpoints')
     step, variables, metadata = checkpoints.read(('params', 'batch_stats'), step)
     checkpoints.close()
+    _check_finite(variables, f'the checkpoint of step {step} in {printable(workdir)}')
     config = restore_config(metadata['config'])
     return Model(_build(config), variables, config, step, True, workdir)
 
@@ -118,7 +127,7 @@ def load_weights(path: str | Path, config: ConfigDict) -> Model:
     """The network of `config` with PyTorch weights: see `torch_weights.load_into`.
 
     Raises:
-      UserError: the file cannot be read, or is of another network.
+      UserError: the file cannot be read, is of another network, or its weights are not finite.
     """
     net = _build(config)
     crops = [np.zeros((2, config.evaluate.size, config.evaluate.size, config.data.channels))]
@@ -128,7 +137,16 @@ def load_weights(path: str | Path, config: ConfigDict) -> Model:
     params, batch_stats = torch_weights.load_into(blank['params'], blank['batch_stats'], path)
     has_head = not any(np.isnan(x).any() for x in jax.tree.leaves(params['head']))
     variables = {'params': params, 'batch_stats': batch_stats}
+    parts = ('trunk', 'head') if has_head else ('trunk',)
+    used = {kind: {p: x[p] for p in parts if p in x} for kind, x in variables.items()}
+    _check_finite(used, printable(path))
     return Model(net, variables, config, None, has_head, None)
+
+
+def _check_finite(variables: Mapping[str, Any], where: str) -> None:
+    for name, x in digest.named(variables).items():
+        if not np.isfinite(np.asarray(x, np.float32)).all():
+            raise UserError(f'{where} holds {name} that is not finite: take other weights')
 
 
 def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
