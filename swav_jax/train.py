@@ -151,7 +151,7 @@ def train(
         # Several processes evaluate together, and none may leave the others waiting.
         alone = jax.process_count() == 1
         with signals.interruptible() if alone else contextlib.nullcontext():
-            learned = evaluation.run(layout.gather(state))
+            learned = evaluation.run(layout.gather(state), monitor.say)
         if step == 0:
             learned = {f'{name}_untrained': value for name, value in learned.items()}
         notes['results'] |= learned
@@ -185,7 +185,7 @@ def train(
         if damaged:
             monitor.say(damaged)
         introduce(monitor, config, sizes, layout, first_step, notes['left_out'])
-        for line in (*source.notes, *said):
+        for line in dict.fromkeys((*source.notes, *evaluation.notes, *said)):
             monitor.say(line)
         if not notes['evaluated']:
             with contextlib.suppress(Interrupted):
@@ -273,8 +273,9 @@ def train(
         if config.evaluate.report:
             found = evaluation.look(layout.gather(state), evaluation.test)
             if jax.process_index() == 0:
-                report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
-                monitor.say(f'look at {printable(workdir)}/report.html')
+                shown = evaluation.test
+                if report.write_all(workdir, found, shown, source, config, sizes.last_step):
+                    monitor.say(f'look at {printable(workdir)}/report.html')
     return summary
 
 
