@@ -121,6 +121,9 @@ def test_pixels_are_pils(tmp_path, channels, capfd):
     for name, (image, (height, width), weight) in found.items():
         with Image.open(tmp_path / name) as opened:
             expected = np.asarray(opened.convert('RGB'))
+            if name == 'deep.png':  # PIL clips what is above 255
+                levels = np.rint(np.asarray(opened) / 257)
+                expected = levels.astype(np.uint8)[..., None].repeat(3, -1)
         if channels == 1:
             expected = np.asarray(Image.fromarray(expected).convert('L'))[..., None]
         assert weight == 1 and expected.shape[:2] == (height, width), name
@@ -218,12 +221,16 @@ def test_large_images_are_scaled_like_pil_and_boxes_with_them(tmp_path):
     for name, (height, width) in sizes.items():
         picture(height, width).save(tmp_path / name, quality=95)
     source = sources.open_source(f'folder:{tmp_path}', channels=3)
-    found = decoded(source, 3)
+    (batch,) = first_batches(source, 1, data=settings(128, 3), global_batch=3)
+    found = {
+        source.name(index).rpartition('/')[2]: (image, tuple(size.tolist()))
+        for image, size, index in zip(batch['image'], batch['size'], batch['index'], strict=True)
+    }
     assert found['wide.jpg'][1] == (38, 128)
     assert found['tall.png'][1] == (128, 63)
     assert found['line.png'][1] == (128, 1)
     for name, tolerance in (('tall.png', 1), ('wide.jpg', 3)):  # the JPEG is halved while decoding
-        image, (height, width), _ = found[name]
+        image, (height, width) = found[name]
         with Image.open(tmp_path / name) as opened:
             expected = np.asarray(opened.resize((width, height), Image.BILINEAR), np.float64)
         assert np.abs(image[:height, :width] - expected).mean() < tolerance

@@ -1,10 +1,12 @@
 """Which images could not be read: a list beside the run, and a limit above which it stops."""
 
-import os
+import contextlib
+import secrets
 from pathlib import Path
 
 import numpy as np
 
+from swav_jax import atomic
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.printable import printable
@@ -59,8 +61,11 @@ class BadImages:
         return [self.names[i] for i in sorted(new)]
 
     def _write(self) -> None:
-        before = self.path.read_text().splitlines() if self.path.is_file() else []
-        lines = dict.fromkeys([*before, *self.names.values()])  # a set that keeps its order
-        part = self.path.with_name(f'.{self.path.name}.{os.getpid()}')
-        part.write_text(''.join(f'{line}\n' for line in lines))
-        part.replace(self.path)
+        before: list[str] = []
+        if self.path.is_dir():  # whatever was done to the list, it ends no run
+            self.path.replace(self.path.with_name(f'{self.path.name}.{secrets.token_hex(4)}'))
+        with contextlib.suppress(OSError):
+            before = self.path.read_text('utf-8', 'backslashreplace').splitlines()
+        lines = dict.fromkeys([*map(printable, before), *self.names.values()])  # keeps their order
+        with atomic.replacing(self.path) as temporary:
+            temporary.write_text(''.join(f'{line}\n' for line in lines), 'utf-8')

@@ -5,11 +5,16 @@ Nothing here decodes an image or imports TensorFlow.
 
 import abc
 import copy
+import errno
 import hashlib
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+
+MAX_FILE_BYTES = 2**29  # of one image
 
 
 class Source(abc.ABC):
@@ -151,8 +156,20 @@ class FileSource(Source):
         return self.paths[index]
 
     def read(self, index: int) -> bytes:
-        """The whole file."""
-        return Path(self.paths[index]).read_bytes()
+        """The whole file.
+
+        Raises:
+          OSError: see `Source.read`; or it is a pipe or a device, which may have no end.
+        """
+        # A named pipe that is opened to be waited for waits for ever.
+        descriptor = os.open(self.paths[index], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, 'rb', buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, 'is no regular file', self.paths[index])
+            if status.st_size > MAX_FILE_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.paths[index])
+            return file.read(status.st_size)
 
     def _select(self, indices: np.ndarray) -> None:
         self.paths = [self.paths[i] for i in indices]

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from swav_jax.data import boxes
 from swav_jax.data.decode import GRAY, Sample, add_pixels
-from swav_jax.data.images import Source
+from swav_jax.data.images import ArraySource, Source
 from swav_jax.errors import UserError
 
 tf.config.set_visible_devices([], 'GPU')  # they are the training's
@@ -97,7 +97,8 @@ def train_dataset(
         return boxes.random_resized(draws, batch['original_size'], scales)
 
     dataset = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max).flat_map(samples)
-    return _batch(dataset, source, rows, cut, data.canvas_size, data.channels)
+    dataset = add_pixels(dataset, source, data.canvas_size, data.channels)
+    return _batch(dataset, rows, cut, data.canvas_size, data.channels)
 
 
 def eval_batches(
@@ -106,7 +107,9 @@ def eval_batches(
     """Every image once, in order, with one box: torchvision's Resize(resize), CenterCrop(size).
 
     The batches are `train_batches`', with one box an image and epoch 0. The last one is filled up
-    to `batch_size` with gray canvases of weight 0 and index -1.
+    to `batch_size` with gray canvases of weight 0 and index -1. Of an image that is larger than the
+    canvas there is only what the box reads, at its own size; the canvas of files is therefore at
+    least resize × resize.
 
     Raises:
       UserError: `size` is larger than `resize`: the crop would reach outside of the image.
@@ -123,26 +126,27 @@ def eval_batches(
     dataset = tf.data.Dataset.range(len(source)).map(
         lambda i: {'epoch': tf.zeros_like(i), 'position': i, 'index': i}
     )
-    dataset = _batch(dataset, source, batch_size, cut, canvas_size, channels)
+    if not isinstance(source, ArraySource) or max(source.images.shape[1:3]) > canvas_size:
+        canvas_size = max(canvas_size, resize)
+    dataset = add_pixels(dataset, source, canvas_size, channels, centre=(resize, size))
+    dataset = _batch(dataset, batch_size, cut, canvas_size, channels)
     return (_fill(batch, batch_size) for batch in dataset.as_numpy_iterator())
 
 
 def _batch(
     dataset: tf.data.Dataset,
-    source: Source,
     rows: int,
     cut: Callable[[Sample], tf.Tensor],
     canvas_size: int,
     channels: int,
 ) -> tf.data.Dataset:
-    """Adds pixels to samples, batches them onto canvases, and adds the boxes that `cut` finds."""
+    """Batches samples onto canvases, and adds the boxes that `cut` finds."""
 
     def finish(batch: Sample) -> Sample:
         found = boxes.to_canvas(cut(batch), batch.pop('original_size'), batch['size'])
         numbers = {key: tf.cast(batch[key], tf.int32) for key in ('epoch', 'position', 'index')}
         return batch | numbers | {'boxes': found}
 
-    dataset = add_pixels(dataset, source, canvas_size, channels)
     shapes = dict(tf.compat.v1.data.get_output_shapes(dataset))
     shapes['image'] = (canvas_size, canvas_size, channels)
     # Padding while batching writes each pixel once; a canvas of its own for each image costs a

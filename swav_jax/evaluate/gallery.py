@@ -115,7 +115,8 @@ def thumbnail(source: Source, index: int, size: int = THUMBNAIL) -> np.ndarray:
     if isinstance(source, ArraySource):
         image = source.read(index)
     else:
-        image, _ = decode.decode_with_pil(source, size, 3, index)
+        whole = max(4 * size, 256)  # a larger image comes as its middle, a smaller one as it is
+        image, _, _ = decode.decode_with_pil(source, whole, 3, index, centre=(whole, whole))
     picture = as_picture(image)
     side = min(picture.size)
     left, upper = (picture.width - side) // 2, (picture.height - side) // 2

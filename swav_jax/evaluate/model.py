@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,14 @@ from swav_jax import config as settings
 from swav_jax import digest, models, torch_weights
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.config_file import override
-from swav_jax.data import sources
-from swav_jax.data.images import ArraySource, FileSource, Source
+from swav_jax.data import in_memory, sources
+from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate.features import Features, extract
 from swav_jax.precision import COMPUTE_DTYPES
 from swav_jax.printable import printable
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -67,25 +70,25 @@ class Model:
             **{'has_head': self.has_head} | options,
         )
 
-    def embed(self, images: np.ndarray | Sequence[str | Path]) -> Features:
+    def embed(self, images: Any) -> Features:
         """Features of images in memory, or of image files.
 
         Args:
-          images: uint8 (N, height, width, channels) or, of gray images, (N, height, width); or
-            paths of files.
+          images: one image or several: paths, bytes of image files, PIL images, uint8 arrays; see
+            `data.in_memory.open_images`. Those that cannot be read are reported, and False in
+            `readable`.
 
         Raises:
-          UserError: the array is none of images.
+          UserError: it is none of these, or there are none.
         """
-        if isinstance(images, np.ndarray):
-            images = images[..., None] if images.ndim == 3 else images
-            if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape:
-                raise UserError(
-                    f'images are {images.dtype}{list(images.shape)}: give uint8 (N, height, width, '
-                    'channels), levels 0 to 255'
-                )
-            return self.extract(ArraySource('images', images))
-        return self.extract(FileSource([str(path) for path in images]))
+        source = in_memory.open_images(images, self.config.data.channels)
+        found = self.extract(source)
+        bad = np.flatnonzero(~found.readable)
+        if len(bad):
+            names = ', '.join(printable(source.name(i)) for i in bad[:5])
+            more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
+            LOG.warning('%d of %d images cannot be read: %s%s', len(bad), len(source), names, more)
+        return found
 
     def digest(self) -> str:
         """16 hexadecimal digits that tell the trunk's weights and statistics from others."""

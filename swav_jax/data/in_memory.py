@@ -1,0 +1,182 @@
+"""Images that a program holds, in any of the forms in which a notebook has them."""
+
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from swav_jax.data.images import ArraySource, FileSource, Source
+from swav_jax.data.sources import KINDS
+from swav_jax.errors import UserError
+from swav_jax.printable import printable
+
+FORMS = (
+    'give a path, the bytes of an image file, a PIL image or a uint8 array (height, width) or '
+    '(height, width, channels), or a list of them, or a uint8 array (N, height, width, channels)'
+)
+
+
+class ItemSource(Source):
+    """One object an image: a path, the bytes of a file, a PIL image, a uint8 array."""
+
+    def __init__(self, items: Sequence[str | bytes | Image.Image | np.ndarray]):
+        super().__init__()
+        self.items, self.numbers = items, np.arange(len(items))
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def name(self, index: int) -> str:
+        """The path, or the image's number."""
+        item = self.items[index]
+        return item if isinstance(item, str) else f'images[{self.numbers[index]}]'
+
+    def read(self, index: int) -> bytes | Image.Image:
+        """The bytes of a file; or a PIL image, loaded."""
+        item = self.items[index]
+        if isinstance(item, str):
+            return FileSource([item]).read(0)
+        if isinstance(item, bytes):
+            return item
+        if isinstance(item, np.ndarray):
+            return Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
+        with self._lock:  # one image may be in the list twice, and PIL loads it in place
+            item.load()
+        return item
+
+    def _select(self, indices: np.ndarray) -> None:
+        self.items = [self.items[i] for i in indices]
+        self.numbers = self.numbers[indices]
+
+
+def open_images(images: Any, channels: int) -> Source:
+    """The source of one image, or of several.
+
+    Args:
+      images: one image, or an iterable of images: a path; the bytes of an image file; a PIL image;
+        anything that numpy takes for a uint8 array (height, width) or (height, width, channels).
+        Or uint8 (N, height, width, channels) or, of gray images, (N, height, width). The last axis
+        of an array is taken for channels if it is 1, 3, 4 or `channels` long.
+      channels: `config.data.channels`, that images have or can be converted to.
+
+    Raises:
+      UserError: it is something else, or nothing.
+    """
+    if _is_array(images):
+        images = _array(images, 'images')
+        if images.dtype.kind not in 'OUS':
+            return ArraySource('images', _batch(images, channels))
+        images = images.ravel().tolist()
+    elif isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
+        images = [images]
+    elif isinstance(images, dict | set | frozenset | Source) or not isinstance(images, Iterable):
+        raise UserError(f'images are of type {type(images).__name__}: {FORMS}')
+    items = [_item(item, f'images[{i}]', channels) for i, item in enumerate(images)]
+    if not items:
+        raise UserError(f'there are no images: {FORMS}')
+    if all(isinstance(item, str) for item in items):
+        return FileSource(items)
+    if len({item.shape if isinstance(item, np.ndarray) else None for item in items}) == 1:
+        if isinstance(items[0], np.ndarray):
+            return ArraySource('images', np.stack(items))
+    elif channels not in (1, 3):
+        raise UserError(f'images of {channels} channels must be arrays of one size')
+    return ItemSource(items)
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, '__array__') and not isinstance(value, Image.Image)
+
+
+def _array(value: Any, name: str) -> np.ndarray:
+    """As a numpy array.
+
+    Raises:
+      UserError: it is on another device, or is none after all.
+    """
+    try:
+        return np.asarray(value)
+    except Exception as error:  # each library has its own
+        reason = printable(str(error).strip().partition('\n')[0])
+        raise UserError(f'{name} are no array that numpy can read: {reason}') from error
+
+
+def _item(item: Any, name: str, channels: int) -> str | bytes | Image.Image | np.ndarray:
+    """One image of a list.
+
+    Raises:
+      UserError: it is none.
+    """
+    if isinstance(item, str | os.PathLike):
+        path = os.fsdecode(os.path.expanduser(item))  # noqa: PTH111 (bytes and surrogates, too)
+        if os.path.isdir(path) or _is_spec(path):  # noqa: PTH112 (of a path too long: False)
+            spec = path if _is_spec(path) else f'folder:{path}'
+            raise UserError(f'{printable(path)} is no image file: use extract({printable(spec)!r})')
+        return path
+    if isinstance(item, bytes | bytearray | memoryview):
+        return bytes(item)
+    if isinstance(item, Image.Image):
+        return item
+    if not _is_array(item):
+        raise UserError(f'{name} is of type {type(item).__name__}: {FORMS}')
+    array = _array(item, name)
+    if array.ndim == 2:
+        array = array[..., None]
+    return _checked(array, name, channels, 3)
+
+
+def _is_spec(path: str) -> bool:
+    kind, colon, _ = path.partition(':')
+    return bool(colon) and kind in KINDS and not os.path.exists(path)  # noqa: PTH110
+
+
+def _batch(images: np.ndarray, channels: int) -> np.ndarray:
+    """(N, height, width, channels) of an array of one or of several images.
+
+    Raises:
+      UserError: it is none of images.
+    """
+    if images.ndim == 3 and images.shape[-1] in {1, 3, 4, channels}:
+        images = images[None]
+    elif images.ndim == 3 and images.shape[0] == channels == 3:
+        raise UserError(
+            f'images are {images.dtype}{list(images.shape)}: for one image move its channels last '
+            '(height, width, 3); for three gray ones add an axis (3, height, width, 1)'
+        )
+    elif images.ndim == 3:
+        images = images[..., None]
+    elif images.ndim == 2:
+        images = images[None, ..., None]
+    return _checked(images, 'images', channels, 4)
+
+
+def _checked(images: np.ndarray, name: str, channels: int, ndim: int) -> np.ndarray:
+    """An array with its channels last, which are 1 or 3 or `channels` then.
+
+    Raises:
+      UserError: it has another type or other axes.
+    """
+    what = f'{name}: {images.dtype}{list(images.shape)}'
+    if images.dtype != np.uint8:
+        raise UserError(
+            f'{what} is not uint8: give levels 0 to 255, of numbers from 0 to 1 as '
+            'np.uint8(255 * images + 0.5)'
+        )
+    if images.ndim != ndim or 0 in images.shape:
+        raise UserError(f'{what} is none of images: {FORMS}')
+    have = images.shape[-1]
+    if have == channels:
+        return images
+    if channels in (1, 3) and have in (1, 3, 4):
+        return images[..., :3]  # RGBA without A, as PIL converts
+    if images.shape[-3] in {1, 3, 4, channels}:
+        raise UserError(f'{what} has its channels first: move them last, np.moveaxis(x, -3, -1)')
+    allowed = '1, 3 or 4' if channels in (1, 3) else channels
+    raise UserError(
+        f'{what} has {have} channels: the network takes images of {allowed} '
+        '(height, width, channels)'
+    )
