@@ -149,9 +149,9 @@ def _batches(
         size=config.evaluate.size,
         batch_size=rows,
     )
-    settings = dict(
-        size=config.evaluate.size, data=FrozenConfigDict(config.data), has_head=has_head
-    )
+    # No more than is read of the settings, so that others can change without compiling anew.
+    look = FrozenConfigDict({name: config.data[name] for name in ('mean', 'std')})
+    settings = dict(size=config.evaluate.size, data=look, has_head=has_head)
     sharding = NamedSharding(mesh, P('image'))
     pending = None  # fetched one batch late: the host decodes while the devices compute
     for batch in batches:
