@@ -33,7 +33,7 @@ def load_config(spec: str) -> ConfigDict:
     """
     file, words = _split_spec(spec)
     try:
-        get_config = runpy.run_path(str(file))['get_config']
+        get_config = runpy.run_path(str(file)).get('get_config')
         config = get_config(*_arguments(get_config, words))
         if isinstance(config, FrozenConfigDict):
             config = ConfigDict(config)
@@ -47,6 +47,8 @@ def load_config(spec: str) -> ConfigDict:
 
 def _split_spec(spec: str) -> tuple[Path, str]:
     """File and words of FILE[:WORDS]; a file's own name may have colons, too."""
+    if not spec:
+        raise UserError('--config= names no file: see configs/ for some')
     ends = [i for i, c in enumerate(spec) if c == ':'] + [len(spec)]
     try:
         files = [Path(spec[:end]).expanduser() for end in ends]
@@ -64,7 +66,7 @@ def _split_spec(spec: str) -> tuple[Path, str]:
 def _arguments(get_config: Callable[..., Any], words: str) -> list[str]:
     """What to call `get_config` with: it may take words, may do without, or both."""
     if not callable(get_config):
-        raise UserError(f'--config: get_config is {get_config!r}, not a function')
+        raise UserError('--config: the file has no function get_config, which returns settings')
     takes = [len(given) for given in ((), ('',)) if _binds(get_config, given)]
     if words and 1 not in takes:
         raise UserError(f'--config: {words!r} after the colon: this file takes no words there')
@@ -129,7 +131,7 @@ def override(config: ConfigDict, changes: Sequence[tuple[str, str | None]]) -> C
       UserError: a setting is not known, or does not take its value.
     """
     for name, text in changes:
-        given = f'--{name}' if text is None else f'--{name}={text}'
+        given = f'--{name}' if text is None else f'--{name}={text[:100]}'
         steps = re.findall(r'\[-?\d{1,9}\]|\.?[^.\[]*', name.removeprefix('config'))[:-1]
         try:
             _changed(config, steps, text)
