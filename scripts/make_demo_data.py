@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from swav_jax import cli
+from swav_jax import atomic, cli
 
 COUNTS = {'train': ('train', 10_000), 'test': ('t10k', 2_000)}
 
@@ -36,17 +36,16 @@ def subset(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Read the four IDX files and write the `.npz` beside its final name, then move it there."""
+    """Read the four IDX files and write the `.npz`."""
     parser = cli.Parser(__doc__)
     parser.add_argument(
         '--source', type=cli.path, default=pathlib.Path('/usr/share/datasets/fashion-mnist')
     )
     parser.add_argument('--output', type=cli.new_file, required=True)
     flags = parser.parse(argv)
-    part = flags.output.with_name(f'.{flags.output.name}.part')
-    with part.open('wb') as file:
-        np.savez_compressed(file, **subset(flags.source))
-    part.replace(flags.output)
+    arrays = subset(flags.source)
+    with atomic.replacing(flags.output) as part, part.open('wb') as file:
+        np.savez_compressed(file, **arrays)
     print(f'{flags.output}: {flags.output.stat().st_size:,} bytes')
 
 

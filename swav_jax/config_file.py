@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from swav_jax import config as settings
 from swav_jax.errors import UserError
@@ -35,8 +35,6 @@ def load_config(spec: str) -> ConfigDict:
     try:
         get_config = runpy.run_path(str(file)).get('get_config')
         config = get_config(*_arguments(get_config, words))
-        if isinstance(config, FrozenConfigDict):
-            config = ConfigDict(config)
         _check_whole(config, settings.default(), 'config', ())
     except UserError:
         raise
@@ -111,11 +109,14 @@ def _check_whole(value: Any, default: Any, name: str, above: tuple[int, ...]) ->
 def _where(error: BaseException, file: Path) -> str:
     """One line that says what failed in a config file, and where."""
     if isinstance(error, SyntaxError) and error.lineno:
-        return f'{error.filename}, line {error.lineno}: {error.msg}: {(error.text or "").strip()}'
+        text = (error.text or '').strip()[:100]
+        return f'{error.filename}, line {error.lineno}: {error.msg}: {text}'
     frames = traceback.extract_tb(error.__traceback__)
     line = next((f', line {f.lineno}' for f in reversed(frames) if f.filename == str(file)), '')
     with contextlib.suppress(Exception):  # its text may fail, too
-        text = str(error).partition(' Other fields')[0].strip('\'"')
+        text = str(error).partition(' Other fields')[0]
+        if text.startswith(("'", '"')):  # a KeyError's quotes
+            text = text.strip('\'"')
         return f'{file}{line}: {type(error).__name__}: {" ".join(text.split())[:300]}'
     return f'{file}{line}: {type(error).__name__}'
 

@@ -131,7 +131,7 @@ BAD_CONFIGS = [
     (b'from ml_collections import ConfigDict as get_config\n', 'is missing'),
     ('def get_config(): return "é"\n'.encode('latin-1'), 'codec can\'t decode'),
     (b'\x00\x01\x02' * 99, 'null bytes'),
-    (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'line 1'),
+    (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'null bytes'),
     (b'x = ' + b'(' * 9999, 'too many nested parentheses'),
     (b'x = ' + b'-' * 200_000 + b'1', 'rror'),
     ('\ufeffdef get_config(): return 1\n'.encode('utf-16'), 'null bytes'),
@@ -147,7 +147,7 @@ BAD_CONFIGS = [
         ('c.unlock(); c.los = 1', 'config.los is not a setting'),
         ('c.unlock(); c.loss.unlock(); c.loss.eps = 1', 'config.loss.eps is not a setting'),
         ('c.unlock(); del c.loss; c.loss = 3', 'config.loss is a int, not a ConfigDict'),
-        ('c.unlock(); del c.loss; c.loss = c', 'config.loss.'),
+        ('c.unlock(); del c.loss; c.loss = c', 'config.loss holds itself'),
         ('c.unlock(); del c.seed; c.seed = c', 'config.seed holds itself'),
         ('lr = c.optimizer.param_schedulers.lr; lr.unlock(); lr.again = c', 'holds itself'),
         ('lr = c.optimizer.param_schedulers.lr; lr.schedulers = (lr,)', 'holds itself'),
@@ -171,18 +171,19 @@ def test_what_a_config_file_does_wrong_is_one_line(text, part, tmp_path, capsys)
 
 def test_a_config_file_runs_once_and_may_take_words_or_not(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    count = '    open("count", "a").write("x")\n    return c\n'
+    count = (
+        '    from pathlib import Path\n'
+        '    Path("count").write_text(Path("count").read_text() + "x")\n    return c\n'
+    )
     with_words = WHOLE.replace('get_config()', 'get_config(words)') + '    c.data.source = words\n'
     without = WHOLE + '    c.data.source = "none"\n'
     both = with_words.replace('(words)', '(words="default")')
-    keyword = 'from ml_collections import FrozenConfigDict\n' + WHOLE
     (tmp_path / 'a:b').mkdir()
     for file, text in {
         'with.py': with_words + count,
         'without.py': without + count,
         'both.py': both + count,
         'a:b/both.py': both + count,
-        'frozen.py': keyword + '    c = FrozenConfigDict(c)\n' + count,
     }.items():
         Path(file).write_text(text)
     for spec, found in (
@@ -195,7 +196,6 @@ def test_a_config_file_runs_once_and_may_take_words_or_not(tmp_path, monkeypatch
         ('both.py:x', 'x'),
         ('a:b/both.py', 'default'),
         ('a:b/both.py:x', 'x'),
-        ('frozen.py', ''),
     ):
         Path('count').write_text('')
         config = changed('--config.seed=3', '--config.loss.epsilon=1', config=tmp_path / spec)
