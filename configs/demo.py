@@ -15,9 +15,8 @@ clusters by mean brightness.
 from swav_jax import config as settings
 
 
-def get_config(arg=''):
+def get_config():
     """The demo."""
-    del arg
     config = settings.default()
     config.data.source = 'demo'
     config.data.channels = 1

@@ -21,25 +21,27 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from swav_jax import cli
+from swav_jax.errors import UserError
 
 KINDS = ('input', 'step', 'collectives', 'startup')
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Run what the command line names, print a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument('kind', choices=(*KINDS, 'all'))
     parser.add_argument('--peer', action='store_true', help='also the same in PyTorch')
-    parser.add_argument('--json', type=Path, help='where to write the figures')
-    parser.add_argument('--rounds', type=int, default=5, help='of each measurement')
-    parser.add_argument('--images', type=Path, help='input: a folder (default: generated)')
-    parser.add_argument('--batches', type=int, default=500, help='input: of 64 images')
+    parser.add_argument('--json', type=cli.new_file, help='where to write the figures')
+    parser.add_argument('--rounds', type=cli.integer(1), default=5, help='of each measurement')
+    parser.add_argument('--images', type=cli.path, help='input: a folder (default: generated)')
+    parser.add_argument('--batches', type=cli.integer(1), default=500, help='input: of 64 images')
     parser.add_argument('--tasks', nargs='+', help='step: some of r50 r18 regnety_400mf')
-    args = parser.parse_args()
-    results = run_all(sys.argv[1:]) if args.kind == 'all' else run(args)
+    args = parser.parse(argv)
+    results = run_all(argv) if args.kind == 'all' else run(args)
     for key, value in results.items() if args.kind != 'all' else ():
         print(f'{key:>36}  {value:,.4g}' if isinstance(value, float) else f'{key:>36}  {value}')
     if args.json:
@@ -66,10 +68,14 @@ def run(args: argparse.Namespace) -> dict:
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
     import benchmark_step
 
-    return benchmark_step.measure(args.tasks or list(benchmark_step.TASKS), args.peer, args.rounds)
+    tasks = args.tasks or list(benchmark_step.TASKS)
+    if unknown := set(tasks) - set(benchmark_step.TASKS):
+        known = ', '.join(benchmark_step.TASKS)
+        raise UserError(f'--tasks {min(unknown)}: must be some of {known}')
+    return benchmark_step.measure(tasks, args.peer, args.rounds)
 
 
-def run_all(arguments: list[str]) -> dict:
+def run_all(arguments: Sequence[str]) -> dict:
     """Every kind in a process of its own, so that none inherits another's threads or memory."""
     results = {}
     for kind in KINDS:
@@ -83,4 +89,4 @@ def run_all(arguments: list[str]) -> dict:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -12,7 +12,6 @@ end compared with a run that nobody killed. Exit code 0 if all of this held:
 - the last state is the same to the last bit.
 """
 
-import argparse
 import os
 import random
 import re
@@ -21,8 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from swav_jax import cli
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.monitor import read_rows
 
@@ -147,12 +148,15 @@ def chaos(folder: Path, kills: int, seed: int) -> None:
     print(f'{kills} kills; {len(found)} losses and {len(digests(whole))} arrays identical')
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--kills', type=int, default=20)
-    parser.add_argument('--seed', type=int, default=0, help='of the random moments')
-    arguments = parser.parse_args()
+def main(argv: Sequence[str]) -> None:
+    """Parse, and do what the module says."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument('--kills', type=cli.integer(), default=20)
+    parser.add_argument('--seed', type=cli.integer(), default=0, help='of the random moments')
+    found = parser.parse(argv)
     with tempfile.TemporaryDirectory() as temporary:
-        chaos(Path(temporary), arguments.kills, arguments.seed)
+        chaos(Path(temporary), found.kills, found.seed)
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -7,11 +7,14 @@ The first 10,000 training and 2,000 test images of Fashion-MNIST, in their publi
 `.npz` of uint8 arrays. The same input gives the same bytes (with the same zlib).
 """
 
-import argparse
 import gzip
 import pathlib
+import sys
+from collections.abc import Sequence
 
 import numpy as np
+
+from swav_jax import atomic, cli
 
 COUNTS = {'train': ('train', 10_000), 'test': ('t10k', 2_000)}
 
@@ -32,20 +35,19 @@ def subset(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def main() -> None:
-    """Read the four IDX files and write the `.npz` beside its final name, then move it there."""
-    parser = argparse.ArgumentParser(description='Make the embedded demo data.')
+def main(argv: Sequence[str]) -> None:
+    """Read the four IDX files and write the `.npz`."""
+    parser = cli.Parser(__doc__)
     parser.add_argument(
-        '--source', type=pathlib.Path, default=pathlib.Path('/usr/share/datasets/fashion-mnist')
+        '--source', type=cli.path, default=pathlib.Path('/usr/share/datasets/fashion-mnist')
     )
-    parser.add_argument('--output', type=pathlib.Path, required=True)
-    flags = parser.parse_args()
-    part = flags.output.with_name(f'.{flags.output.name}.part')
-    with part.open('wb') as file:
-        np.savez_compressed(file, **subset(flags.source))
-    part.replace(flags.output)
+    parser.add_argument('--output', type=cli.new_file, required=True)
+    flags = parser.parse(argv)
+    arrays = subset(flags.source)
+    with atomic.replacing(flags.output) as part, part.open('wb') as file:
+        np.savez_compressed(file, **arrays)
     print(f'{flags.output}: {flags.output.stat().st_size:,} bytes')
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(cli.run(main, sys.argv[1:]))

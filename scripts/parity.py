@@ -8,8 +8,9 @@ far the parameters have drifted apart. Float64 agrees to rounding. In float32 th
 summation differ by 1e-7, and training multiplies the difference.
 """
 
-import argparse
 import os
+import sys
+from collections.abc import Sequence
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 from torch_twin import Twin, twin_loss, twin_update
 
+from swav_jax import cli, models, optim, step, swav, torch_weights
 from swav_jax import config as settings
-from swav_jax import models, optim, step, swav, torch_weights
 from swav_jax.mesh import AXES, make_mesh, put
 from swav_jax.state import Layout
 
@@ -73,16 +74,14 @@ def ours_as_torch(state):
     }
 
 
-def main():
+def main(argv: Sequence[str]) -> None:
     """Parse, train both, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(__doc__)
     parser.add_argument('--arch', choices=sorted(TRUNKS), default='resnet18')
-    parser.add_argument('--steps', type=int, default=10)
+    parser.add_argument('--steps', type=cli.integer(1), default=10)
     parser.add_argument('--precision', choices=('float32', 'float64'), default='float64')
-    parser.add_argument('--batch', type=int, default=8)
-    args = parser.parse_args()
+    parser.add_argument('--batch', type=cli.integer(1), default=8)
+    args = parser.parse(argv)
     jax.config.update('jax_enable_x64', args.precision == 'float64')
     dtype = np.dtype(args.precision)
 
@@ -152,4 +151,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(cli.run(main, sys.argv[1:]))

@@ -60,8 +60,15 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def error(self, message: str) -> None:
-        """Raise argparse's message as a `UserError`, a value's as 'FLAG=VALUE: …'."""
-        raise UserError(re.sub(r'^argument (?:-\w/)?([^:]*): (=?)', _joined, message))
+        """Raise argparse's message as a `UserError`: 'FLAG=VALUE: …', 'FLAG is missing'."""
+        for pattern, line in (
+            (r'^argument (?:-\w/)?([^:]*): =', r'\1='),
+            (r'^argument (?:-\w/)?', ''),
+            (r'^the following arguments are required: (.*)', r'\1 is missing: see --help'),
+            (r'^one of the arguments (.*) is required', r'\1 is missing: see --help'),
+        ):
+            message = re.sub(pattern, line, message)
+        raise UserError(message)
 
     def _unknown(self, word: str) -> None:
         if not word.startswith('-'):
@@ -70,10 +77,6 @@ class Parser(argparse.ArgumentParser):
         near = difflib.get_close_matches(word.lstrip('-').partition('=')[0], names, n=1)
         hint = f'. Did you mean: {near[0]}?' if near else ': see --help'
         raise UserError(f'{word!r} is not known{hint}')
-
-
-def _joined(found: re.Match[str]) -> str:
-    return found[1] + (found[2] or ': ')
 
 
 def split_changes(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
@@ -140,8 +143,11 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f'={text}: must name a file or folder')
     try:
         found = Path(text).expanduser()
+        found.exists()  # fails where the name is too long, or a folder is closed to the user
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f'={text}: no such home folder') from error
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f'={text}: {error.strerror}') from error
     if found == Path('/'):
         raise argparse.ArgumentTypeError(f'={text}: must name a file or folder in it')
     return found
@@ -149,19 +155,21 @@ def path(text: str) -> Path:
 
 def new_file(text: str) -> Path:
     """The type of a flag that names a file to write: a regular one, or none yet."""
-    found = path(text)
-    if found.is_dir():
-        raise argparse.ArgumentTypeError(f'={text} is a folder: must name a file')
-    if found.exists() and not found.is_file():
-        raise argparse.ArgumentTypeError(f'={text} is a device or pipe: must name a file')
-    return found
+    return _new(text, Path.is_file, 'file')
 
 
 def new_folder(text: str) -> Path:
     """The type of a flag that names a folder to write to, which need not be there yet."""
+    return _new(text, Path.is_dir, 'folder')
+
+
+def _new(text: str, is_right: Callable[[Path], bool], kind: str) -> Path:
     found = path(text)
-    if found.exists() and not found.is_dir():
-        raise argparse.ArgumentTypeError(f'={text} is a file: must name a folder')
+    if found.exists() and not is_right(found):
+        raise argparse.ArgumentTypeError(f'={text}: must name a {kind}, which this is not')
+    parent = next(p for p in found.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(found if found.exists() else parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f'={text}: cannot be written into {parent}')
     return found
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
 from swav_jax import config as settings
 from swav_jax.errors import UserError
@@ -33,10 +33,8 @@ def load_config(spec: str) -> ConfigDict:
     """
     file, words = _split_spec(spec)
     try:
-        get_config = runpy.run_path(str(file))['get_config']
+        get_config = runpy.run_path(str(file)).get('get_config')
         config = get_config(*_arguments(get_config, words))
-        if isinstance(config, FrozenConfigDict):
-            config = ConfigDict(config)
         _check_whole(config, settings.default(), 'config', ())
     except UserError:
         raise
@@ -47,6 +45,8 @@ def load_config(spec: str) -> ConfigDict:
 
 def _split_spec(spec: str) -> tuple[Path, str]:
     """File and words of FILE[:WORDS]; a file's own name may have colons, too."""
+    if not spec:
+        raise UserError('--config= names no file: see configs/ for some')
     ends = [i for i, c in enumerate(spec) if c == ':'] + [len(spec)]
     try:
         files = [Path(spec[:end]).expanduser() for end in ends]
@@ -64,7 +64,7 @@ def _split_spec(spec: str) -> tuple[Path, str]:
 def _arguments(get_config: Callable[..., Any], words: str) -> list[str]:
     """What to call `get_config` with: it may take words, may do without, or both."""
     if not callable(get_config):
-        raise UserError(f'--config: get_config is {get_config!r}, not a function')
+        raise UserError('--config: the file has no function get_config, which returns settings')
     takes = [len(given) for given in ((), ('',)) if _binds(get_config, given)]
     if words and 1 not in takes:
         raise UserError(f'--config: {words!r} after the colon: this file takes no words there')
@@ -109,11 +109,14 @@ def _check_whole(value: Any, default: Any, name: str, above: tuple[int, ...]) ->
 def _where(error: BaseException, file: Path) -> str:
     """One line that says what failed in a config file, and where."""
     if isinstance(error, SyntaxError) and error.lineno:
-        return f'{error.filename}, line {error.lineno}: {error.msg}: {(error.text or "").strip()}'
+        text = (error.text or '').strip()[:100]
+        return f'{error.filename}, line {error.lineno}: {error.msg}: {text}'
     frames = traceback.extract_tb(error.__traceback__)
     line = next((f', line {f.lineno}' for f in reversed(frames) if f.filename == str(file)), '')
     with contextlib.suppress(Exception):  # its text may fail, too
-        text = str(error).partition(' Other fields')[0].strip('\'"')
+        text = str(error).partition(' Other fields')[0]
+        if text.startswith(("'", '"')):  # a KeyError's quotes
+            text = text.strip('\'"')
         return f'{file}{line}: {type(error).__name__}: {" ".join(text.split())[:300]}'
     return f'{file}{line}: {type(error).__name__}'
 
@@ -129,7 +132,7 @@ def override(config: ConfigDict, changes: Sequence[tuple[str, str | None]]) -> C
       UserError: a setting is not known, or does not take its value.
     """
     for name, text in changes:
-        given = f'--{name}' if text is None else f'--{name}={text}'
+        given = f'--{name}' if text is None else f'--{name}={text[:100]}'
         steps = re.findall(r'\[-?\d{1,9}\]|\.?[^.\[]*', name.removeprefix('config'))[:-1]
         try:
             _changed(config, steps, text)

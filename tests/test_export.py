@@ -90,8 +90,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(run, tmp_path, capsys):
         assert message in error
         assert error.count('\n') == 1
     assert not list(tmp_path.iterdir())
-    with pytest.raises(SystemExit, match='2'):
-        export.main(['--workdir', workdir, '--out', str(out), '--layout', 'timm'])
+    assert export.main(['--workdir', workdir, '--out', str(out), '--layout', 'timm']) == 2
+    assert "--layout: invalid choice: 'timm'" in capsys.readouterr().err
     with pytest.raises(UserError, match='does not hold'):
         torch_weights.read(tmp_path)
 
