@@ -27,7 +27,7 @@ LEVELS = {'cat': (250, 10, 10), 'dog': (10, 250, 10), 'cow': (10, 10, 250)}
 @pytest.fixture(scope='module')
 def model():
     """One convolution and a head, of random weights: colours are told apart."""
-    c = small_config(**{'data.max_bad_fraction': 0.5})
+    c = small_config()
     c.data.source, c.data.canvas_size, c.data.max_bad_fraction = 'synthetic:64x16', 16, 0.5
     c.evaluate.size = c.evaluate.resize = 16
     c.evaluate.batch_size = 8
