@@ -1,5 +1,8 @@
 """What every source must do with a mistake: refuse it in one line."""
 
+import contextlib
+import os
+
 import pytest
 
 from swav_jax.data import sources
@@ -13,3 +16,18 @@ def refusal(spec, **kwargs):
     text = str(caught.value)
     assert '\n' not in text and f'config.data.source={spec!r}' in text, text
     return text
+
+
+@contextlib.contextmanager
+def another_user(tmp_path):
+    """Without root's rights, for whom no permission is denied; `tmp_path` can be reached."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)

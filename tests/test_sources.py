@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torchvision
 from PIL import Image
-from refusals import refusal
+from refusals import another_user, refusal
 
 from swav_jax.data import listing, sources
 from swav_jax.errors import UserError
@@ -39,6 +39,8 @@ def test_limit_spreads_over_the_source_and_keeps_names():
     np.testing.assert_array_equal(some.read(7), whole.read(700))
     np.testing.assert_array_equal(some.labels, whole.labels[::100])
     assert len(sources.open_source('demo', limit=20_000, channels=1)) == 10_000
+    with pytest.raises(UserError, match='limit=-5 must be 0'):
+        sources.open_source('demo', limit=-5, channels=1)
     again = some.take([5, 0])
     assert again.name(0) == 'demo:train[500]' and len(again) == 2
 
@@ -99,6 +101,11 @@ def test_folder_mistakes(tmp_path):
     assert 'after the colon' in refusal('filelist')
     assert 'folder:/path' in refusal('')
     assert 'channels=4' in refusal('demo', channels=4)
+    for spec in ('folder:/a\0b', 'webdataset:/a\0', 'filelist:~nosuchuser/x',
+                 'webdataset:~nosuchuser/x', 'torchvision:MNIST:/a\0',
+                 'tfds:x?data_dir=~nosuchuser/x', 'x\x1b[31m\n:y',
+                 *(f'{kind}:/{"x" * 300}/{"y" * 5000}' for kind in sources.KINDS)):  # fmt: skip
+        assert refusal(spec).isprintable()
     with pytest.raises(UserError, match=r'config\.evaluate\.test_source='):
         sources.open_source('nothing', channels=3, setting='config.evaluate.test_source')
 
@@ -106,6 +113,7 @@ def test_folder_mistakes(tmp_path):
 def test_listing_is_kept_until_the_folder_changes(tmp_path, monkeypatch):
     root, cache = image_folder(tmp_path / 'data'), str(tmp_path / 'run')
     spec = f'folder:{root}'
+    monkeypatch.setattr(listing, 'SETTLED_S', -60)  # these folders are new
     first = sources.open_source(spec, channels=3, cache_dir=cache)
     (file,) = Path(cache).iterdir()
     with monkeypatch.context() as patch:
@@ -123,13 +131,15 @@ def test_listing_is_kept_until_the_folder_changes(tmp_path, monkeypatch):
     assert [path.name for path in Path(cache).iterdir()] == [file.name]
 
 
-def test_listing_of_many_files_is_fast_the_second_time(tmp_path):
+def test_listing_of_many_files_is_fast_the_second_time(tmp_path, monkeypatch):
     names = [f'c/{i:09d}.jpg' for i in range(200_000)]
     (tmp_path / 'data').mkdir()
     cache = str(tmp_path / 'cache')
-    listing.remembered('many', lambda: (names, [str(tmp_path / 'data')]), cache)
+    monkeypatch.setattr(listing, 'SETTLED_S', -60)
+    stamps = {str(tmp_path / 'data'): listing.stamp(tmp_path / 'data')}
+    listing.remembered('many', lambda: (names, stamps), cache, bool)
     start = time.perf_counter()
-    assert listing.remembered('many', None, cache) == names
+    assert listing.remembered('many', None, cache, bool) == names
     assert time.perf_counter() - start < 2
 
 
@@ -157,10 +167,15 @@ def test_filelist_of_vissl_with_moved_images(tmp_path):
     np.save(tmp_path / 'labels.npy', np.array([5, 1, 2]))
     spec = (
         f'filelist:{tmp_path}/train.npy?labels={tmp_path}/labels.npy'
-        '&remove_img_path_prefix=/old/&new_img_path_prefix=/new/'
+        f'&remove_img_path_prefix=/old/&new_img_path_prefix={tmp_path}/new/'
     )
+    assert f'the first would be {tmp_path}/new/a.jpg' in refusal(spec)
+    write_image(tmp_path / 'new' / 'b.jpg')
     ours = sources.open_source(spec, channels=3)
-    assert ours.paths[:2] == ['/new/a.jpg', '/new/b.jpg'] and ours.label_ids().tolist() == [5, 1, 2]
+    assert ours.paths[:2] == [
+        f'{tmp_path}/new/a.jpg',
+        f'{tmp_path}/new/b.jpg',
+    ] and ours.label_ids().tolist() == [5, 1, 2]
 
 
 def test_a_filelist_stays_below_its_folder(tmp_path):
@@ -173,6 +188,7 @@ def test_a_filelist_stays_below_its_folder(tmp_path):
     assert 'lies outside of /new' in refusal(
         f'{spec}?remove_img_path_prefix=/old&new_img_path_prefix=/new'
     )
+    write_image(tmp_path / '..a' / 'b.jpg')
     file.write_text('images/../a.jpg\n..a/b.jpg\n/somewhere/../else.jpg\n')
     assert len(sources.open_source(spec, channels=3)) == 3
 
@@ -195,6 +211,29 @@ def test_filelist_never_loads_objects(tmp_path):
     assert '/old' in refusal(f'filelist:{tmp_path}/one.txt?remove_img_path_prefix=/old')
 
 
+@pytest.mark.parametrize(
+    ('spec', 'denied'),
+    [
+        ('filelist:{}/list.txt', 'list.txt'),
+        ('filelist:{}/list.npy', 'list.npy'),
+        ('webdataset:{}/0.tar', '0.tar'),
+        ('webdataset:{}/sub/0.tar', 'sub'),
+        ('tfds:toy?data_dir={}', 'toy'),
+        ('torchvision:SVHN:{}', 'train_32x32.mat'),
+        ('torchvision:MNIST:{}/sub', 'sub'),
+    ],
+)
+def test_what_may_not_be_read_is_named(tmp_path, spec, denied):
+    for name in ('sub', 'toy'):
+        (tmp_path / name).mkdir()
+    for name in ('list.txt', 'list.npy', '0.tar', 'train_32x32.mat', 'sub/0.tar'):
+        (tmp_path / name).write_text('a.jpg')
+    (tmp_path / denied).chmod(0)
+    with another_user(tmp_path):
+        text = refusal(spec.format(tmp_path))
+    assert f'{tmp_path}/{denied}' in text and 'Permission denied' in text
+
+
 def test_synthetic():
     ours = sources.open_source('synthetic:30x20', channels=5)
     assert ours.images.shape == (30, 20, 20, 5) and ours.labels.tolist() == [*range(10)] * 3
@@ -203,10 +242,13 @@ def test_synthetic():
     images = ours.images.astype(float)
     # Images of a class look alike, those of different classes do not.
     assert np.abs(images[0] - images[10]).mean() < 60 < np.abs(images[0] - images[1]).mean()
-    assert 'COUNTxSIDE' in refusal('synthetic:30')
+    for size in ('30', '0x9', '9x0', '-1x9', '9x', 'x', '1x1x1', '1.5x2', '9' * 5000 + 'x1', '٣x٣'):
+        assert 'COUNTxSIDE' in refusal(f'synthetic:{size}')
+    for size in ('10000000x10000', '9' * 18 + 'x' + '9' * 18, '1x1000000'):
+        assert 'more than half of the memory' in refusal(f'synthetic:{size}')
 
 
 def test_listing_files_hold_json(tmp_path):
-    listing.remembered('k', lambda: ([1, 'x'], [__file__]), str(tmp_path / 'cache'))
+    listing.remembered('k', lambda: ([1, 'x'], {}), str(tmp_path / 'cache'), bool)
     (file,) = (tmp_path / 'cache').iterdir()
     assert json.loads(file.read_text())['listing'] == [1, 'x']

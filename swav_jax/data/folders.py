@@ -1,177 +1,273 @@
-"""Images that are files: folders as torchvision's ImageFolder reads them, and lists of files."""
+"""Folders of images, numbered as torchvision's ImageFolder numbers them."""
 
+import errno
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from swav_jax.data.images import FileSource
-from swav_jax.data.listing import remembered
+from swav_jax.data.listing import Stamps, remembered, stamp
+from swav_jax.data.names import EXTENSIONS, Remarks, is_hidden, is_image, is_other_picture, some
+from swav_jax.data.regular import absolute
 from swav_jax.errors import UserError
+from swav_jax.printable import printable
 
-EXTENSIONS = (
-    '.jpg', '.jpeg', '.png', '.bmp', '.gif', '.webp', '.ppm', '.pgm', '.tif', '.tiff',
-)  # fmt: skip
+# A run's folder holds most of these files. A folder of data has no reason to hold three.
+RUN_FILES = frozenset(('lock', 'config.json', 'metrics.jsonl', 'events.jsonl', 'summary.json'))
+HIDDEN = 'left out hidden folders, which torchvision would take for classes or search'
+HIDDEN_FILES = 'left out hidden files that are named as images'
+RUNS = 'left out folders of runs with their pictures'
+PREVIEWS = 'left out pictures that swav_jax.data.preview drew'
+NO_FILES = 'left out what is named as an image but is no file (a pipe, a device, a broken link)'
+OTHERS = 'left out pictures of formats that are not read; convert them to JPEG or PNG'
+BESIDE = (
+    'left out images beside the class folders, as torchvision does; move them into one to use them'
+)
 
 
-def is_image(name: str) -> bool:
-    """Whether a file's name ends like an image's, in any case."""
-    return name.lower().endswith(EXTENSIONS)
-
-
-def open_folder(path: str, cache_dir: str | None) -> FileSource:
+def open_folder(path: str, workdir: str | None) -> FileSource:
     """A folder of class folders (searched at any depth), or else a flat folder of images.
 
     Classes and images are numbered as torchvision's ImageFolder numbers them; a class folder
-    without images keeps its number.
+    without images keeps its number. Left out, and said in `notes`, are
+
+    - hidden files and folders (`.git`, `._x.jpg`, `.ipynb_checkpoints`, `@eaDir`, `__MACOSX`, …);
+    - folders of runs, the given one and others, with all that they hold;
+    - what has an image's name but is no file, and pictures of formats that are not read;
+    - images beside two or more class folders, which torchvision does not see either.
+
+    Images beside a single folder of images are no class structure: all are taken, unlabelled, those
+    of the folder itself first.
+
+    Args:
+      path: of the folder.
+      workdir: of the run, or None; there the listing is kept.
 
     Raises:
-      UserError: there is no such folder, or no image in it.
+      UserError: there is no such folder, a part of it cannot be listed, it is a run's, or it holds
+        no image.
     """
-    root = Path(path).expanduser().absolute()
-    if not root.is_dir():
-        raise UserError(f'there is no folder {root}')
+    root = absolute(path)
     try:
-        listing = remembered(f'folder:{root}', lambda: list_folder(root), cache_dir)
+        if not stat.S_ISDIR(root.stat().st_mode):
+            raise UserError(f'there is no folder {root}: it is a file')
+        found = remembered(
+            f'folder:{root}', lambda: list_folder(str(root), workdir), workdir, _is_listing
+        )
+    except FileNotFoundError as error:
+        raise UserError(f'there is no folder {error.filename}') from error
     except OSError as error:
         raise UserError(f'{error.filename or root} cannot be listed ({error.strerror})') from error
-    paths = [f'{root}{os.sep}{name}' for name in listing['files']]
-    if not paths:
+    if not found['files']:
+        holds = f'; other files: {found["others"]}' if found['others'] else ''
         raise UserError(
-            f'no images in {root} or below (looked for {" ".join(EXTENSIONS)}); name a folder of '
-            'images, or of class folders'
+            f'no images in {root} or below (looked for {" ".join(EXTENSIONS)}){holds}; name a '
+            f'folder of images, or of class folders{"".join(f"; {x}" for x in found["notes"])}'
         )
-    if listing['counts'] is None:
-        return FileSource(paths)
-    labels = np.repeat(np.arange(len(listing['counts'])), listing['counts'])
-    return FileSource(paths, labels, listing['class_names'])
+    prefix = os.path.join(root, '')  # noqa: PTH118
+    paths = [prefix + name for name in found['files']]
+    notes = [printable(note) for note in found['notes']]
+    if found['counts'] is None:
+        return FileSource(paths, notes=notes, root=prefix)
+    labels = np.repeat(np.arange(len(found['counts'])), found['counts'])
+    return FileSource(paths, labels, found['class_names'], notes, root=prefix)
 
 
-def list_folder(root: Path) -> tuple[dict, list[str]]:
-    """Class names, the number of images of each, all files below `root`; and the folders seen."""
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    class_names = [entry.name for entry in entries if entry.is_dir()]
-    files, counts, seen = [], [], [str(root)]
-    for name in class_names:
-        before = len(files)
-        for folder, found in sorted(walk(str(root / name))):
-            seen.append(folder)
-            inside = os.path.relpath(folder, root)
-            files += [f'{inside}{os.sep}{file}' for file in sorted(found) if is_image(file)]
-        counts.append(len(files) - before)
-    if not files:
-        files = [entry.name for entry in entries if is_image(entry.name) and entry.is_file()]
-        class_names = counts = None
-    return {'class_names': class_names, 'counts': counts, 'files': files}, seen
+def _is_listing(found: Any) -> bool:
+    """Whether this is a listing by `list_folder` that names nothing outside of its folder."""
+    if type(found['files']) is not list:
+        return False
+    texts = [*found['files'], *found['notes'], *(found['class_names'] or ())]
+    if not all(type(text) is str for text in texts) or type(found['others']) is not str:
+        return False
+    if b'\0' in b''.join(map(os.fsencode, found['files'])):
+        return False
+    inside = not any(
+        name.startswith('/') or ('..' in name and '..' in Path(name).parts)
+        for name in found['files']
+    )
+    counts = found['counts']
+    if counts is None:
+        return inside
+    return (
+        inside
+        and len(counts) == len(found['class_names'])
+        and all(type(count) is int and count >= 0 for count in counts)
+        and sum(counts) == len(found['files'])
+    )
 
 
-def walk(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, list[str]]]:
-    """This folder and all below it, each with the names of its files.
+def list_folder(root: str, workdir: str | None) -> tuple[dict[str, Any], Stamps]:
+    """Lists `root`, the given run's folder left out; returns the listing and the folders' stamps.
 
-    Links are followed, but not into a folder that they lie in themselves.
+    The listing has `files` below root, `class_names` and `counts` (images of each class, in the
+    order of the files) or None twice, `notes`, and `others`: a word on files that are no images.
     """
-    status = Path(folder).stat()
-    here = status.st_dev, status.st_ino
-    if here in above:
-        return
-    with os.scandir(folder) as found:
-        entries = list(found)
-    yield folder, [entry.name for entry in entries if not entry.is_dir()]
-    for entry in entries:
-        if entry.is_dir():
-            yield from walk(entry.path, (*above, here))
-
-
-LIST_OPTIONS = ('labels', 'remove_img_path_prefix', 'new_img_path_prefix')
-
-
-def open_filelist(spec: str) -> FileSource:
-    """A list of image files, as text or as VISSL's .npy.
-
-    The text has one path a line, or a path and a whole number, its label. Relative paths begin
-    where the list lies and stay below it. After a `?` and joined by `&` may follow
-    `labels=FILE.npy`, and VISSL's `remove_img_path_prefix=/old/` and `new_img_path_prefix=/new/`
-    where the images have moved.
-
-    Raises:
-      UserError: the list cannot be read, is empty or is not a list of paths.
-    """
-    path, options = split_options(spec, LIST_OPTIONS)
-    file = Path(path).expanduser().absolute()
-    if file.suffix == '.npy':
-        paths, labels = [str(name) for name in load_npy(file, 'U').tolist()], None
-    else:
-        paths, labels = _read_text(file)
-    if 'labels' in options:
-        labels = load_npy(Path(options['labels']).expanduser(), 'iu')
-    if not paths:
-        raise UserError(f'{file} lists no images; it should hold one path a line')
-    if labels is not None and len(labels) != len(paths):
-        raise UserError(f'{len(paths)} images, but {len(labels)} labels: they must be as many')
-    old, new = (options.get(name, '') for name in LIST_OPTIONS[1:])
-    if old and not any(name.startswith(old) for name in paths):
-        raise UserError(
-            f'no path begins with remove_img_path_prefix={old}; {paths[0]} is the first'
-        )
-    names = [name.removeprefix(old) for name in paths]
-    for name in names:
-        if '..' in name and (new or not name.startswith('/')) and _climbs(name):
-            raise UserError(
-                f'{file} lists {name}, which lies outside of {new or file.parent}: list the whole '
-                'path of an image that is elsewhere'
+    look = Look(root, workdir)
+    top_files, folders = look.at(root)
+    classes: dict[str, list[str]] = {}
+    for name in folders:
+        runs = look.remarks.count(RUNS)
+        files = [
+            f'{look.inside(folder)}{os.sep}{image}'
+            for folder, images in sorted(look.below(look.prefix + name))
+            for image in images
+        ]
+        if files or look.remarks.count(RUNS) == runs:  # what holds runs alone is no class
+            classes[name] = files
+    filled = [name for name, files in classes.items() if files]
+    files = [file for name in classes for file in classes[name]]
+    class_names: list[str] | None = list(classes)
+    counts: list[int] | None = [len(classes[name]) for name in classes]
+    notes = []
+    if not filled or (top_files and len(filled) == 1):
+        if filled:
+            notes.append(
+                f'{root}: no classes, as {len(top_files):,} images lie in the folder itself and '
+                f'{len(files):,} in the only folder of images, {filled[0]}: all are taken'
             )
-    paths = [new + name for name in names]
-    return FileSource([os.path.join(file.parent, name) for name in paths], labels)  # noqa: PTH118
+        files, class_names, counts = top_files + files, None, None
+    else:
+        for name in top_files:
+            look.remarks.add(BESIDE, name)
+        if empty := [name for name in classes if not classes[name]]:
+            notes.append(
+                f'{root}: classes without an image, which keep their numbers ({len(empty):,}: '
+                f'{some(empty, len(empty))})'
+            )
+    return {
+        'files': files,
+        'class_names': class_names,
+        'counts': counts,
+        'notes': [*notes, *look.remarks.lines(root)],
+        'others': some(look.others, look.number_of_others) if look.others else '',
+    }, look.stamps
 
 
-def _climbs(name: str) -> bool:
-    """Whether a path below a folder leaves it through its parent."""
-    return f'{os.path.normpath(name.lstrip(os.sep))}{os.sep}'.startswith(f'..{os.sep}')
+class Look:
+    """Looks into folders, and notes what is left out.
 
+    Args:
+      root: the path in which notes name files.
+      workdir: a run's folder or None; others are known by what they hold.
 
-def split_options(spec: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """('path', {'key': 'value'}) of 'path?key=value&…'.
-
-    Raises:
-      UserError: a key that is not allowed.
+    Attributes:
+      remarks: on what was left out.
+      stamps: of each folder that was looked into, taken before.
+      others: the first names of files that are no pictures, for the case that nothing else is
+        found; number_of_others is how many there are.
     """
-    path, _, query = spec.partition('?')
-    options = dict(item.partition('=')[::2] for item in query.split('&') if item)
-    for key in options:
-        if key not in allowed:
-            raise UserError(f'{key!r} is not known after the ?; use {", ".join(allowed)}')
-    return path, options
+
+    def __init__(self, root: str, workdir: str | None):
+        self.root = root
+        self.prefix = root if root.endswith(os.sep) else root + os.sep
+        self.remarks = Remarks()
+        self.stamps: Stamps = {}
+        self.others: list[str] = []
+        self.number_of_others = 0
+        try:
+            self.run = None if workdir is None else _identity(workdir)
+        except OSError:  # not made yet
+            self.run = None
+
+    def at(self, folder: str) -> tuple[list[str], list[str]]:
+        """The images and the folders in a folder, by name, sorted; a run's holds none.
+
+        Raises:
+          OSError: it cannot be listed.
+          UserError: it is `root`, and a run's.
+        """
+        before = stamp(folder)
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        marks = [x for x in entries if x.name in RUN_FILES and _is(x, os.DirEntry.is_file)]
+        if _identity(folder) == self.run or len(marks) >= 3:
+            if folder == self.root:
+                raise UserError(
+                    f'{folder} is the folder of a run, which writes pictures of its own there: '
+                    'name another --workdir, or move the images to a folder of their own'
+                )
+            self._leave_out(RUNS, folder)
+            return [], []
+        self.stamps[folder] = before
+        images, folders = [], []
+        for entry in entries:
+            if _is(entry, os.DirEntry.is_dir):
+                if is_hidden(entry.name):
+                    self._leave_out(HIDDEN, entry.path)
+                else:
+                    folders.append(entry.name)
+            elif self._is_data(entry):
+                images.append(entry.name)
+        return images, folders
+
+    def inside(self, path: str) -> str:
+        """A path below `root`, from there on."""
+        return path.removeprefix(self.prefix)
+
+    def below(self, folder: str) -> Iterator[tuple[str, list[str]]]:
+        """This folder and all below it, each with the names of its images.
+
+        Links are followed, but not into a folder that they lie in themselves.
+        """
+        waiting: list[tuple[str, frozenset]] = [(folder, frozenset())]
+        while waiting:
+            here, above = waiting.pop()
+            identity = _identity(here)
+            if identity in above:
+                continue
+            images, folders = self.at(here)
+            yield here, images
+            inside = above | {identity}
+            waiting += [(f'{here}{os.sep}{name}', inside) for name in folders]
+
+    def _is_data(self, entry: os.DirEntry) -> bool:
+        """Whether an entry that is no folder is an image to be listed."""
+        if not is_image(entry.name):
+            if is_other_picture(entry.name) and not is_hidden(entry.name):
+                self._leave_out(OTHERS, entry.path)
+            elif not is_hidden(entry.name):
+                self.number_of_others += 1
+                if len(self.others) < 3:
+                    self.others.append(self.inside(entry.path))
+            return False
+        if is_hidden(entry.name):
+            self._leave_out(HIDDEN_FILES, entry.path)
+        elif not _is(entry, os.DirEntry.is_file):
+            self._leave_out(NO_FILES, entry.path)
+        elif entry.name == 'preview.png' and _is_drawn(entry.path):
+            self._leave_out(PREVIEWS, entry.path)
+        else:
+            return True
+        return False
+
+    def _leave_out(self, reason: str, path: str) -> None:
+        self.remarks.add(reason, self.inside(path))
 
 
-def load_npy(file: Path, kinds: str) -> np.ndarray:
-    """A one-dimensional array of a .npy file whose dtype is one of `kinds`.
+def _identity(folder: str) -> tuple[int, int]:
+    status = Path(folder).stat()
+    return status.st_dev, status.st_ino
 
-    Arrays of Python objects are refused: loading them could run code.
 
-    Raises:
-      UserError: the file is missing or holds something else.
-    """
+def _is(entry: os.DirEntry, kind) -> bool:
+    """Whether an entry is of a kind, links followed; a link to itself is of none."""
     try:
-        array = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = getattr(error, 'strerror', None) or 'not a .npy array, or one of Python objects'
-        raise UserError(
-            f'{file} cannot be read ({reason}); save a list as numpy.save(file, numpy.array(list))'
-        ) from error
-    if array.ndim != 1 or array.dtype.kind not in kinds:
-        raise UserError(f'{file} holds {array.dtype} {array.shape}, not a list of the right kind')
-    return array
+        return kind(entry)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
-def _read_text(file: Path) -> tuple[list[str], np.ndarray | None]:
+def _is_drawn(path: str) -> bool:
+    """Whether a PNG says that matplotlib made it, as it does at the file's beginning."""
     try:
-        lines = file.read_text(encoding='utf-8').splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
-        raise UserError(f'{file} cannot be read ({reason})') from error
-    lines = [line.strip() for line in lines if line.strip()]
-    ends = [line.rsplit(maxsplit=1) for line in lines]
-    if not all(len(end) == 2 and end[1].isdecimal() for end in ends):
-        return lines, None
-    return [end[0] for end in ends], np.array([int(end[1]) for end in ends], np.int32)
+        with Path(path).open('rb') as file:
+            return b'Software\0Matplotlib' in file.read(512)
+    except OSError:  # as unreadable as other images may be
+        return False

@@ -8,11 +8,11 @@ import copy
 import errno
 import hashlib
 import os
-import stat
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+
+from swav_jax.data.regular import open_regular, read_regular
 
 MAX_FILE_BYTES = 2**29  # of one image
 
@@ -52,13 +52,16 @@ class Source(abc.ABC):
         labels = self.labels
         if labels is None:
             return None
-        return np.append(self.class_ids, np.array(-1, self.class_ids.dtype))[labels]
+        ids = self.class_ids[labels]
+        if (labels < 0).any():  # ids above int64 never come with these
+            ids[labels < 0] = -1
+        return ids
 
     def digest(self, *, labels: bool = False) -> str:
         """Which images these are and in which order, in 16 hexadecimal digits.
 
         Two sources with the same digest have the same names, byte ranges or, in memory, pixels.
-        Files are not read.
+        Files are not read. Names count below the folder that was named: where it lies does not.
 
         Args:
           labels: whether labels and the names of the classes count, too.
@@ -68,13 +71,12 @@ class Source(abc.ABC):
             digest.update(part)
         if labels and self.labels is not None:
             digest.update(np.int32(self.labels).tobytes())
-            digest.update('\0'.join(self.class_names).encode('utf-8', 'surrogateescape'))
+            digest.update('\0'.join(self.class_names).encode('utf-8', 'surrogatepass'))
         return digest.hexdigest()[:16]
 
     def _identity(self) -> Iterator[bytes]:
         """What tells these images from others; the names, unless there is more."""
-        for i in range(len(self)):
-            yield self.name(i).encode('utf-8', 'surrogateescape') + b'\0'
+        yield _join(map(self.name, range(len(self))))
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -142,11 +144,20 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """One file an image."""
+    """One file an image.
 
-    def __init__(self, paths: Sequence[str], labels=None, class_names=None):
-        super().__init__(labels, class_names)
+    Args:
+      paths: of the files.
+      labels, class_names, notes: see `Source`.
+      root: what all or some paths begin with and what counts for nothing in `digest`.
+    """
+
+    def __init__(
+        self, paths: Sequence[str], labels=None, class_names=None, notes=(), *, root: str = ''
+    ):
+        super().__init__(labels, class_names, notes)
         self.paths = paths
+        self.root = root
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -159,17 +170,12 @@ class FileSource(Source):
         """The whole file.
 
         Raises:
-          OSError: see `Source.read`; or it is a pipe or a device, which may have no end.
+          OSError: see `Source.read`; or it is no regular file, such as a pipe, or too large.
         """
-        # A named pipe that is opened to be waited for waits for ever.
-        descriptor = os.open(self.paths[index], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, 'rb', buffering=0) as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, 'is no regular file', self.paths[index])
-            if status.st_size > MAX_FILE_BYTES:
-                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.paths[index])
-            return file.read(status.st_size)
+        return read_regular(self.paths[index], MAX_FILE_BYTES)
+
+    def _identity(self) -> Iterator[bytes]:
+        yield _join(path.removeprefix(self.root) for path in self.paths)
 
     def _select(self, indices: np.ndarray) -> None:
         self.paths = [self.paths[i] for i in indices]
@@ -182,14 +188,19 @@ class RangeSource(Source):
       files: paths.
       ranges: int64 (N, 3) of the file's number, the first byte and the number of bytes.
       names: what each image is called inside its file.
-      labels: see `Source`.
-      class_names: see `Source`.
+      labels, class_names, notes: see `Source`.
     """
 
     def __init__(
-        self, files: Sequence[str], ranges: np.ndarray, names, labels=None, class_names=None
+        self,
+        files: Sequence[str],
+        ranges: np.ndarray,
+        names: Sequence[str],
+        labels=None,
+        class_names=None,
+        notes=(),
     ):
-        super().__init__(labels, class_names)
+        super().__init__(labels, class_names, notes)
         self.files, self.ranges, self.names = files, ranges, names
 
     def __len__(self) -> int:
@@ -202,17 +213,25 @@ class RangeSource(Source):
     def read(self, index: int) -> bytes:
         """The bytes of the range."""
         number, start, count = self.ranges[index]
-        with Path(self.files[number]).open('rb', buffering=0) as file:
+        with open_regular(self.files[number]) as file:
             file.seek(start)
-            return file.read(count)
+            data = file.read(count)
+        if len(data) < count:
+            raise OSError(errno.EIO, 'it became shorter', self.files[number])
+        return data
 
     def _identity(self) -> Iterator[bytes]:
-        yield from super()._identity()
+        yield _join(os.path.basename(file) for file in self.files)  # noqa: PTH119
+        yield _join(self.names)
         yield np.ascontiguousarray(self.ranges).tobytes()
 
     def _select(self, indices: np.ndarray) -> None:
         self.ranges = self.ranges[indices]
         self.names = [self.names[i] for i in indices]
+
+
+def _join(names: Iterable[str]) -> bytes:
+    return '\0'.join(names).encode('utf-8', 'surrogatepass') + b'\0\0'
 
 
 def number_classes(
@@ -221,9 +240,11 @@ def number_classes(
     """Labels as indices of class names: see `Source` for arguments, `labels` and `class_ids`.
 
     Raises:
-      ValueError: a label has no name.
+      ValueError: the labels are no whole numbers of 64 bits, or one has no name.
     """
     labels = np.asarray(labels)
+    if labels.size and labels.dtype.kind not in 'iu':
+        raise ValueError(f'labels must be whole numbers of 64 bits, not {labels.dtype}')
     known = labels != -1
     if not known.any():
         return None, None, None
@@ -231,7 +252,9 @@ def number_classes(
         ids, numbers = np.unique(labels[known], return_inverse=True)
         numbered = np.full(len(labels), -1, np.int32)
         numbered[known] = numbers
-        return numbered, [str(i) for i in ids], ids
+        # An unsigned type has no -1 for images whose class is not known.
+        fits = ids[-1] <= np.iinfo(np.int64).max
+        return numbered, [str(i) for i in ids], ids.astype(np.int64) if fits else ids
     outside = known & ((labels < 0) | (labels >= len(class_names)))
     if outside.any():
         raise ValueError(

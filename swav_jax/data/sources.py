@@ -2,7 +2,7 @@
 
 demo, demo:test          the embedded subset of Fashion-MNIST: 10,000 and 2,000 images
 folder:/path             class folders, numbered as torchvision's ImageFolder numbers them, or a
-                         flat folder of images
+                         flat folder of images (`folders.open_folder` says what is left out)
 filelist:/list.txt       one path a line, or a path and its label; or VISSL's .npy of paths.
                          After a ?, joined by &: labels=/labels.npy,
                          remove_img_path_prefix=/old/, new_img_path_prefix=/new/
@@ -10,16 +10,20 @@ webdataset:/d/{000..123}.tar   tar shards of images, each with its label in a .c
 tfds:name[:split]        a prepared TensorFlow dataset; ?data_dir=/path says where
 torchvision:NAME:/path[:split]   the files of CIFAR10, STL10, SVHN, MNIST or FashionMNIST
 synthetic[:COUNTxSIDE]   generated images in ten classes (default 1024x64)
+
+A label of -1 is an unknown one in every kind. Each source says in its `notes` what was left out.
 """
 
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from swav_jax.data import archives, folders, torchvision_files
+from swav_jax.data import filelists, folders, tfds, torchvision_files, webdataset
 from swav_jax.data.images import ArraySource, Source
 from swav_jax.errors import UserError
+from swav_jax.printable import printable
 
 DEMO_FILE = Path(__file__).parent / 'fashion_mnist' / 'fashion_mnist.npz'
 KINDS = ('demo', 'folder', 'filelist', 'webdataset', 'tfds', 'torchvision', 'synthetic')
@@ -41,19 +45,29 @@ def open_source(
         folder's classes stay represented.
       channels: channels that the run works with. Gray images become RGB and RGB ones gray; other
         numbers must be the source's own.
-      cache_dir: where long listings are kept between runs (None: nowhere).
+      cache_dir: the run's folder, where long listings are kept between runs and which is never
+        data itself (None: nowhere).
       setting: the name that error messages give.
 
     Raises:
-      UserError: an unknown form, a path that does not exist, no images, other channels.
+      UserError: an unknown form, a path that does not exist or cannot be read, no images, damaged
+        or contradictory data, other channels, a negative limit.
     """
     try:
+        if limit < 0:
+            raise UserError(f'limit={limit} must be 0 (all images) or more')
         source = _open(spec, channels, cache_dir)
         have = source.images.shape[-1] if isinstance(source, ArraySource) else 3
         if channels != have and not {channels, have} <= {1, 3}:
             raise UserError(f'the images have {have} channels, not config.data.channels={channels}')
     except UserError as error:
-        raise UserError(f'{setting}={spec!r}: {error}') from error.__cause__
+        raise UserError(f'{setting}={spec!r}: {printable(error)}') from error.__cause__
+    except OSError as error:
+        reason = printable(f'{error.filename}: {error.strerror}' if error.filename else error)
+        raise UserError(f'{setting}={spec!r}: {reason}') from error
+    except (ValueError, MemoryError) as error:
+        reason = printable(error) or 'the images need more memory than there is'
+        raise UserError(f'{setting}={spec!r}: {reason}') from error
     if 0 < limit < len(source):
         source = source.take(np.arange(limit) * len(source) // limit)
     return source
@@ -69,11 +83,11 @@ def _open(spec: str, channels: int, cache_dir: str | None) -> Source:
         case 'folder':
             return folders.open_folder(rest, cache_dir)
         case 'filelist':
-            return folders.open_filelist(rest)
+            return filelists.open_filelist(rest)
         case 'webdataset':
-            return archives.open_webdataset(rest, cache_dir)
+            return webdataset.open_webdataset(rest, cache_dir)
         case 'tfds':
-            return archives.open_tfds(rest, cache_dir)
+            return tfds.open_tfds(rest, cache_dir)
         case 'torchvision':
             return torchvision_files.open_torchvision(rest)
         case 'synthetic':
@@ -102,12 +116,21 @@ def open_synthetic(size: str, channels: int) -> ArraySource:
     """Noise over one of ten coarse patterns, the image's class; the same numbers every time.
 
     Raises:
-      UserError: `size` is not COUNTxSIDE.
+      UserError: `size` is not COUNTxSIDE, or the images are more than half of the memory.
     """
-    found = re.fullmatch(r'([1-9]\d*)x([1-9]\d*)', size or '1024x64')
+    found = re.fullmatch(r'([1-9]\d{0,17})x([1-9]\d{0,17})', size or '1024x64', re.ASCII)
     if not found:
         raise UserError('the size must be COUNTxSIDE, as in synthetic:1024x64')
     count, side = map(int, found.groups())
+    size, memory = (
+        count * side**2 * channels,
+        os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGESIZE'),
+    )
+    if size > memory // 2:
+        raise UserError(
+            f'these are {size / 2**30:,.0f} GiB, more than half of the memory: name a smaller '
+            'COUNTxSIDE'
+        )
     rng = np.random.default_rng(0)
     patterns = rng.integers(0, 256, (10, 4, 4, channels))
     at = np.arange(side) * 4 // side

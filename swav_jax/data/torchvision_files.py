@@ -1,14 +1,23 @@
-"""The data sets that torchvision downloads, read from its files without torchvision."""
+"""The data sets that torchvision downloads, read from its files without torchvision.
+
+Files are taken for what their bytes are, whoever made them: sizes are compared before memory is
+taken, and pickles call nothing.
+"""
 
 import gzip
+import io
+import math
 import pickle
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from swav_jax.data import matlab
 from swav_jax.data.images import ArraySource
+from swav_jax.data.regular import absolute, open_regular, read_regular
 from swav_jax.errors import UserError
 
 FASHION_CLASSES = (
@@ -16,6 +25,7 @@ FASHION_CLASSES = (
     'Ankle boot',
 )  # fmt: skip
 DIGITS = tuple('0123456789')
+MAX_UNPACKED = 2**31  # bytes; SVHN's `extra` has 1.6e9
 Found = tuple[np.ndarray, np.ndarray | None, Any]  # images (N, H, W, C), labels (N,), class names
 
 
@@ -40,7 +50,7 @@ def open_torchvision(spec: str) -> ArraySource:
     split = splits[0]
     if path.rpartition(':')[2] in splits:
         path, _, split = path.rpartition(':')
-    root = Path(path).expanduser()
+    root = absolute(path)
     if not root.is_dir():
         raise UserError(
             f'there is no folder {root}; write torchvision:{name}:/path, or with one of the splits '
@@ -48,71 +58,138 @@ def open_torchvision(spec: str) -> ArraySource:
         )
     try:
         images, labels, class_names = read(root, split)
-    except OSError as error:
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f'{len(images)} images, but {len(labels)} labels')
+        if not images.size:
+            raise ValueError('no images')
+        return ArraySource(f'{name}:{split}', images, labels, class_names)
+    except Exception as error:  # whatever the files hold, it is said
+        if isinstance(error, OSError) and error.filename:
+            raise UserError(
+                f'{error.filename} cannot be read ({error.strerror}); have torchvision download '
+                f'{name} to {root}, or name the folder that it was downloaded to'
+            ) from error
         raise UserError(
-            f'{error.filename} cannot be read ({error.strerror}); have torchvision download {name} '
-            f'to {root}, or name the folder that it was downloaded to'
+            f'the files of {name} in {root} are damaged ({str(error) or type(error).__name__}); '
+            'have torchvision download them again'
         ) from error
-    except (ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f'the files of {name} in {root} are damaged ({error})') from error
-    return ArraySource(f'{name}:{split}', images, labels, class_names)
 
 
 def read_cifar10(root: Path, split: str) -> Found:
     """Pickles of {b'data': (10000, 3·32·32), b'labels': list}."""
     folder = root / 'cifar-10-batches-py'
     names = ['test_batch'] if split == 'test' else [f'data_batch_{i}' for i in range(1, 6)]
-    batches = [load_arrays(folder / name) for name in names]
-    images = np.concatenate([batch['data'] for batch in batches]).reshape(-1, 3, 32, 32)
-    labels = np.concatenate([batch['labels'] for batch in batches])
-    class_names = load_arrays(folder / 'batches.meta')['label_names']
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels, class_names
+    images, labels = [], []
+    for name in names:
+        batch = load_pickle(folder / name)
+        data, numbers = batch.get('data'), batch.get('labels')
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
+            raise ValueError(f'{name} has no data of bytes (N, 3072)')
+        if isinstance(numbers, np.ndarray):
+            numbers = numbers.reshape(-1).tolist()
+        if not isinstance(numbers, list) or not all(type(x) is int for x in numbers):
+            raise ValueError(f'{name} has no list of labels')
+        if len(numbers) != len(data):
+            raise ValueError(f'{name} has {len(data)} images, but {len(numbers)} labels')
+        images.append(data.reshape(-1, 3, 32, 32))
+        labels += numbers
+    class_names = load_pickle(folder / 'batches.meta').get('label_names')
+    if not isinstance(class_names, list) or not all(type(x) is str for x in class_names):
+        raise ValueError('batches.meta has no list of label_names')
+    images = np.concatenate(images).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), np.array(labels, np.int64), class_names
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and Python's own containers, and refuses to call anything else."""
+class PickledArray:
+    """What a pickle says about an array, until all of it is known."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        """The array from (version, shape, dtype, whether in Fortran's order, bytes)."""
+        match state:
+            case (1, tuple(shape), PickledType(dtype=np.dtype() as dtype), fortran, data):
+                data = data.encode('latin1') if isinstance(data, str) else data  # of Python 2
+                if not isinstance(data, bytes) or any(type(n) is not int or n < 0 for n in shape):
+                    raise pickle.UnpicklingError('an array of no bytes')
+                flat = np.frombuffer(data, dtype)
+                self.array = flat.reshape(shape, order='F' if fortran else 'C')
+            case _:
+                raise pickle.UnpicklingError('an array of no numbers')
+
+
+class PickledType:
+    """The type of an array's whole numbers."""
+
+    def __init__(self, name: Any, *_: Any):
+        if name not in ('u1', 'i1', 'u2', 'i2', 'u4', 'i4', 'u8', 'i8'):
+            raise pickle.UnpicklingError(f'an array of {name!r}, which are no whole numbers')
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        """The byte order from (version, '<', '>' or '|', …)."""
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ('<', '>', '|', '='):
+            raise pickle.UnpicklingError('a type of no byte order')
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Builds arrays of whole numbers and Python's own containers, and calls nothing else.
+
+    It is the unpickler that is written in Python: the one in C takes gigabytes for a few bytes
+    that number a memo, and builds real arrays, whose memory a pickle can point anywhere.
+    """
+
+    dispatch = pickle._Unpickler.dispatch
 
     def find_class(self, module: str, name: str) -> Any:
         """The few things that a pickled array names; a pickle of anything else raises."""
         match module.replace('numpy._core', 'numpy.core'), name:
             case 'numpy.core.multiarray', '_reconstruct':
-                return lambda kind, shape, code: np.ndarray(0, np.uint8)
+                return lambda kind, shape, code: PickledArray()
             case 'numpy', 'ndarray':
-                return np.ndarray
+                return 'ndarray'
             case 'numpy', 'dtype':
-                return lambda name, align, copy: np.dtype(name)  # the flags are integers of old
+                return lambda name, align, copy: PickledType(name)
             case '_codecs', 'encode':  # how Python 3 writes bytes into old pickles
                 return lambda text, _: text.encode('latin1')
         raise pickle.UnpicklingError(f'it names {module}.{name}, which no array needs')
 
 
-def load_arrays(path: Path) -> dict[str, Any]:
+def load_pickle(path: Path) -> dict[str, Any]:
     """The dictionary of a pickle that holds arrays, numbers, text, lists and dictionaries alone."""
-    with path.open('rb') as file:
-        content = ArrayUnpickler(file, encoding='latin1').load()
-    return {key.decode() if isinstance(key, bytes) else key: x for key, x in content.items()}
+    content = ArrayUnpickler(io.BytesIO(read_regular(path)), encoding='latin1').load()
+    if not isinstance(content, dict):
+        raise ValueError(f'{path.name} holds no dictionary')
+    return {
+        key.decode() if isinstance(key, bytes) else key: x.array
+        if isinstance(x, PickledArray)
+        else x
+        for key, x in content.items()
+    }
 
 
 def read_stl10(root: Path, split: str) -> Found:
     """Raw bytes (N, 3, 96, 96), each plane stored column by column; labels from 1."""
     folder = root / 'stl10_binary'
-    images = np.fromfile(folder / f'{split}_X.bin', np.uint8).reshape(-1, 3, 96, 96)
+    images = np.frombuffer(read_regular(folder / f'{split}_X.bin'), np.uint8)
+    images = images.reshape(-1, 3, 96, 96)
     labels = class_names = None
     if split != 'unlabeled':
-        labels = np.fromfile(folder / f'{split}_y.bin', np.uint8).astype(np.int32) - 1
-        class_names = (folder / 'class_names.txt').read_text().split()
+        labels = np.frombuffer(read_regular(folder / f'{split}_y.bin'), np.uint8).astype(int) - 1
+        class_names = read_regular(folder / 'class_names.txt').decode().split()
     return np.ascontiguousarray(images.transpose(0, 3, 2, 1)), labels, class_names
 
 
 def read_svhn(root: Path, split: str) -> Found:
     """MATLAB files of X (32, 32, 3, N) and y (N, 1), in which 10 stands for the digit 0."""
-    from scipy.io import loadmat  # slow to load, and only this data set needs it
-
-    path = root / f'{split}_32x32.mat'
-    with path.open('rb') as file:
-        content = loadmat(file)
-    labels = content['y'].reshape(-1).astype(np.int32) % 10
-    return np.ascontiguousarray(content['X'].transpose(3, 0, 1, 2)), labels, DIGITS
+    content = matlab.load_arrays(read_regular(root / f'{split}_32x32.mat'), MAX_UNPACKED)
+    images, labels = content['X'], content['y'].reshape(-1)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
+        raise ValueError(f'X is {images.dtype}{list(images.shape)}, not uint8[32, 32, 3, N]')
+    if not np.isin(labels, np.arange(11)).all():
+        raise ValueError('y holds other labels than 1 to 10')
+    return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels.astype(int) % 10, DIGITS
 
 
 def read_mnist(class_names: tuple[str, ...], folder: str) -> Callable[[Path, str], Found]:
@@ -131,11 +208,17 @@ def read_mnist(class_names: tuple[str, ...], folder: str) -> Callable[[Path, str
 def read_idx(path: Path, rank: int) -> np.ndarray:
     """A uint8 array in LeCun's IDX format: 0, 0, type, rank, sizes as big-endian int32, bytes."""
     zipped = path.with_name(path.name + '.gz')
-    data = gzip.decompress(zipped.read_bytes()) if zipped.is_file() else path.read_bytes()
-    if data[:4] != bytes((0, 0, 8, rank)):
-        raise ValueError(f'{path.name} is no IDX file of bytes with {rank} dimensions')
-    shape = np.frombuffer(data, '>i4', rank, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    with open_regular(zipped if zipped.is_file() else path) as raw:
+        file = gzip.GzipFile(fileobj=raw) if zipped.is_file() else raw
+        if file.read(4) != bytes((0, 0, 8, rank)):
+            raise ValueError(f'{path.name} is no IDX file of bytes with {rank} dimensions')
+        shape = struct.unpack(f'>{rank}i', file.read(4 * rank))
+        if min(shape) < 0 or (count := math.prod(shape)) > MAX_UNPACKED:
+            raise ValueError(f'{path.name} is said to hold {list(shape)} bytes')
+        data = file.read(count)
+        if len(data) != count or file.read(1):
+            raise ValueError(f'{path.name} does not hold {list(shape)} bytes')
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 DATA_SETS = {

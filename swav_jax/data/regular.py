@@ -1,0 +1,55 @@
+"""Opening what must be a file: a pipe would block for ever, a device never end."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from swav_jax.errors import UserError
+
+
+def absolute(path: str) -> Path:
+    """The absolute path that a user means, ~ expanded.
+
+    Raises:
+      UserError: no path can be written so.
+    """
+    try:
+        if '\0' in path:
+            raise RuntimeError('it holds a zero byte')
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f'{path!r} is no path ({error})') from error
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, or a link to one, opened to be read, without a buffer.
+
+    Raises:
+      OSError: it is missing, cannot be read, or is a folder, a pipe, a socket or a device.
+    """
+    # A pipe that is opened to be waited for waits for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, 'it is a folder', str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, 'it is a pipe, socket or device, not a file', str(path))
+        return os.fdopen(descriptor, 'rb', buffering=0)
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | Path, most: int | None = None) -> bytes:
+    """All bytes of a regular file.
+
+    Raises:
+      OSError: as `open_regular` does, or it holds more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return file.readall()
