@@ -71,9 +71,21 @@ def open_data(data: str) -> tuple[Dataset, Dataset]:
             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    return tuple(
+    train, val = (
         torchvision.datasets.ImageFolder(Path(data) / split, prepare) for split in ('train', 'val')
     )
+    _match_classes(train, val)
+    return train, val
+
+
+def _match_classes(train: Dataset, val: Dataset) -> None:
+    """Number the classes of `val` as in `train`, by their names; leaves out images of others."""
+    named = [(path, val.classes[label]) for path, label in val.samples]
+    val.samples = [(p, train.class_to_idx[name]) for p, name in named if name in train.class_to_idx]
+    if not val.samples:
+        raise ValueError('train and val have no class in common')
+    if left_out := len(named) - len(val.samples):
+        print(f'{left_out} images of val are left out: train lacks their classes', file=sys.stderr)
 
 
 def _demo(arrays: np.lib.npyio.NpzFile, split: str) -> Dataset:

@@ -147,7 +147,7 @@ def train(
         # Several processes evaluate together, and none may leave the others waiting.
         alone = jax.process_count() == 1
         with signals.interruptible() if alone else contextlib.nullcontext():
-            learned = evaluation.run(layout.gather(state))
+            learned = evaluation.run(layout.gather(state), monitor.say)
         if step == 0:
             learned = {f'{name}_untrained': value for name, value in learned.items()}
         notes['results'] |= learned
@@ -166,6 +166,8 @@ def train(
 
     with monitor, Profile(workdir / 'profile', first_step, profile) as profiled:
         introduce(monitor, config, sizes, layout, first_step, notes['left_out'])
+        for note in evaluation.notes:
+            monitor.say(note)
         if not notes['evaluated']:
             with contextlib.suppress(Interrupted):
                 evaluate(first_step)
@@ -250,8 +252,9 @@ def train(
         if config.evaluate.report:
             found = evaluation.look(layout.gather(state), evaluation.test)
             if jax.process_index() == 0:
-                report.write_all(workdir, found, evaluation.test, source, config, sizes.last_step)
-                monitor.say(f'look at {workdir}/report.html')
+                shown = evaluation.test
+                if report.write_all(workdir, found, shown, source, config, sizes.last_step):
+                    monitor.say(f'look at {workdir}/report.html')
     return summary
 
 

@@ -17,7 +17,17 @@ from swav_jax import config as settings
 from swav_jax import models, torch_weights
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.errors import UserError
-from swav_jax.evaluate import classifier, clusters, command, features, knn, linear, logistic, semi
+from swav_jax.evaluate import (
+    classifier,
+    clusters,
+    command,
+    features,
+    knn,
+    labelled,
+    linear,
+    logistic,
+    semi,
+)
 from swav_jax.evaluate.classifier import Recipe
 from swav_jax.evaluate.model import load, load_weights, restore_config
 
@@ -136,9 +146,14 @@ def test_clusters_are_written(workdir, tmp_path, capsys):
         feature_flags(parser)
         parser.add_argument('--head', type=int, default=0)
 
-    (tmp_path / 'prototype_99.txt').write_text('of an earlier call')
-    argv = ('--workdir', workdir, '--source=demo:test', '--limit=200', '--out', tmp_path)
-    assert run(clusters, flags, *argv) == 0
+    (tmp_path / 'prototype_notes.txt').write_text("the user's own")
+    argv = ('--workdir', workdir, '--source=demo:test', '--out', tmp_path)
+    assert run(clusters, flags, *argv, '--limit=400') == 0
+    earlier = {path.name for path in tmp_path.glob('prototype_*.txt')}
+    assert run(clusters, flags, *argv, '--limit=200') == 0
+    assert (tmp_path / 'prototype_notes.txt').read_text() == "the user's own"
+    (tmp_path / 'prototype_notes.txt').unlink()
+    assert earlier - {path.name for path in tmp_path.glob('prototype_*.txt')}, 'some are gone'
     model = load(workdir)
     found = model.extract(model.open('demo:test', limit=200))
     with (tmp_path / 'assignments.csv').open() as file:
@@ -155,7 +170,7 @@ def test_clusters_are_written(workdir, tmp_path, capsys):
 
 def test_knn_prints_every_k(workdir, capsys):
     def flags(parser):
-        command.add_labelled(parser)
+        labelled.add_flags(parser)
         parser.add_argument('--k', type=int, nargs='+')
         parser.add_argument('--features', default='trunk')
 

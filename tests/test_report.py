@@ -13,7 +13,7 @@ from configs import demo
 from swav_jax import config as settings
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource
-from swav_jax.evaluate import gallery, report, tsne
+from swav_jax.evaluate import figures, gallery, report, tsne
 from swav_jax.evaluate.features import Features
 
 
@@ -224,3 +224,107 @@ def test_a_map_keeps_neighbours():
     assert trustworthiness(x, points) > 0.97
     np.testing.assert_array_equal(points, tsne.embed(x))
     assert np.isfinite(tsne.embed(np.ones((5, 3)))).all(), 'equal points are no trouble'
+
+
+def small_features(count, *, labels=None, names=None, readable=None, channels=3, prototypes=4):
+    """A source of random images and random features of it."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (count, 8, 8, channels), np.uint8)
+    source = ArraySource('x', images, labels, names)
+    x = rng.standard_normal((count, 5)).astype(np.float32)
+    readable = np.ones(count, bool) if readable is None else np.array(readable)
+    return source, Features(x, x, (x @ x[:1].repeat(prototypes, 0).T,), source.labels, readable)
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        dict(count=1),
+        dict(count=2, labels=[0, 0], names=['only']),
+        dict(count=6, labels=[-1, 0, 0, -1, 1, 0], names=['_a', '$b_{$']),
+        dict(count=3, readable=[False] * 3, labels=[0, 1, 0], names='ab'),
+        dict(count=3, readable=[False, True, False]),
+        dict(count=2, channels=1),
+        dict(count=2, channels=5),
+    ],
+)
+def test_reports_of_odd_runs_are_whole(tmp_path, data):
+    """One image, one prototype, no labels or some, nothing readable, other channels, no log."""
+    source, found = small_features(**data)
+    report.draw_loss(tmp_path)
+    (tmp_path / 'map.png').write_text('of an earlier call')
+    report.draw_prototypes(tmp_path, found, source)
+    assert report.write(tmp_path, found, source) == []
+    report.write_tensorboard(tmp_path, found, source, 0)
+    readable = np.count_nonzero(found.readable)
+    page = (tmp_path / 'report.html').read_text()
+    assert f'shown with {readable} images' in page
+    if readable < len(source):
+        assert f'{len(source) - readable} more cannot be read' in page
+    assert (tmp_path / 'prototypes.png').exists() == (readable > 0)
+    assert (tmp_path / 'map.png').exists() == (readable >= 4), 'no picture of an earlier call'
+    assert not (tmp_path / 'loss.png').exists()
+
+
+NAMES = ['_cat', '$x_{$', 'a$b$c', 'café', '猫', '\\frac{', '\x1b[2J\n', '\udcff', 'x' * 300, '%s']
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    """No mathematics, no label that the legend leaves out, no letter without which it fails."""
+    labels = np.arange(30) % len(NAMES)
+    source, found = small_features(30, labels=labels, names=NAMES, prototypes=20)
+    found.scores = (np.eye(30, dtype=np.float32)[:, :20],)
+    report.draw_prototypes(tmp_path, found, source)
+    points = np.random.default_rng(0).standard_normal((30, 2))
+    names = [gallery.class_name(source, i) for i in range(len(NAMES))]
+    figure = figures.point_map(points, np.where(labels == 3, -1, labels), names)
+    report._save(figure, tmp_path / 'map.png')
+    (legend,) = figure.legends
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told == ['unknown', '_cat', '$x_{$', 'a$b$c', '猫', '\\frac{', *told[6:]]
+    assert told[6] == r'\x1b[2J\n' and len(told[8]) == 20
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[]',
+        '5\n"x"\nnull\n[1]\n{}\n',
+        '{"step": 1, "epoch": 0.1}\n{"epoch": 1, "loss": "3", "lr": null}\n',
+        '{"step": 1, "epoch": 0.1, "loss": 3, "lr": 0.1}\n',
+        '{"step": 1, "epoch": 0, "loss": 3, "lr": -1, "loss_over_ln_k": 0, "nmi": true}\n',
+        '{"epoch": NaN, "loss": Infinity}\n{"epoch": 1e308, "loss": 1e308, "nmi": 1e99}\n',
+        '{"epoch": -5, "loss": -3, "lr": 0}\n{"epoch": -9, "loss": 1e99, "loss_over_ln_k": 1e-99}',
+        '{"model": 3, "data": {}}',
+        '{"model": {"trunk": {"name": 5}}, "data": {"num_crops": 3}}',
+        '{"steps": "many", "knn_top1": null, "nmi": [1], "epochs": {}, "loss_last": 1e400}',
+        '{"steps": %s, "loss_last": 2}' % ('9' * 400),
+        '[' * 3000,
+        '{"a": ',
+        '\x00\x00\x00',
+        b'\xff\xfe\x00\xd8',
+    ],
+)
+def test_damaged_records_of_a_run_end_no_report(tmp_path, text):
+    source, found = small_features(3, prototypes=1)
+    content = text if isinstance(text, bytes) else text.encode()
+    for name in ('metrics.jsonl', 'events.jsonl', 'summary.json', 'config.json'):
+        (tmp_path / name).write_bytes(content)
+    missing = report._Missing()
+    missing.without('loss.png', lambda: report.draw_loss(tmp_path))
+    missing += report.write(tmp_path, found, source)
+    assert 'Nearest neighbours' in (tmp_path / 'report.html').read_text()
+    assert any('config.json' in line for line in missing)
+    assert not any('\n' in line for line in missing)
+
+
+@pytest.mark.slow
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    source, found = small_features(3)
+    (tmp_path / 'report.html').mkdir()
+    (tmp_path / 'report.html' / 'x').write_text('')
+    (tmp_path / 'tensorboard').write_text('no folder')
+    assert not report.write_all(tmp_path, found, source, source, demo.get_config(), 3)
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1
+    assert 'report.html (IsADirectoryError: Is a directory)' in said and 'tensorboard/ (' in said

@@ -100,6 +100,13 @@ class Source(abc.ABC):
         taken._select(indices)
         return taken
 
+    def relabel(self, labels: np.ndarray, class_names: list[str]) -> 'Source':
+        """The same images with other labels: int32 (len,) indices of `class_names`, -1 unknown."""
+        relabelled = copy.copy(self)
+        relabelled._labels, relabelled.class_names = labels, class_names
+        relabelled.class_ids = np.arange(len(class_names))
+        return relabelled
+
 
 class ArraySource(Source):
     """Images of one size, held in memory: uint8 (N, height, width, channels)."""

@@ -14,14 +14,18 @@ from jax.sharding import NamedSharding
 from rich.progress import track
 
 from swav_jax import augment, models
+from swav_jax import config as settings
 from swav_jax import mesh as meshes
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.data import pipeline
+from swav_jax.data.bad_images import BadImages
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate.features import extract
+from swav_jax.evaluate import labelled
+from swav_jax.evaluate.features import check, extract
 from swav_jax.evaluate.model import Model
 from swav_jax.models.norm import BatchNorm
+from swav_jax.printable import printable
 
 Tree = dict[str, Any]
 Batches = Iterator[dict[str, np.ndarray]]  # `label`, `weight` (B,) and what `Look` wants
@@ -91,9 +95,10 @@ def fit(
     Args:
       model: the trunk.
       train: labelled images to learn from, seen as random resized crops, flipped half of the time.
-      test: labelled images to test on, seen as `config.evaluate` says.
+      test: labelled images to test on, seen as `config.evaluate` says. Classes are matched by name,
+        unless that is done: see `labelled.pair`.
       recipe: how.
-      out: gets checkpoints, one an epoch.
+      out: gets checkpoints, one an epoch, and a list of the images that cannot be read.
       crop_scale: least and largest share of an image's area in a crop; None computes each image's
         features once, of its centre, as `features` does. That needs a frozen trunk.
       seed: of the weights, the order and the crops.
@@ -102,33 +107,38 @@ def fit(
       `top1` and `top5` in percent after the last epoch, and the `loss` of the last step.
 
     Raises:
-      UserError: `out` is another training's, or the loss is not a number.
+      UserError: `out` is another training's, the loss is not a number, the classes cannot be
+        matched, or too many images cannot be read.
     """
+    matched = labelled.pair(train, test)
+    train, test = matched.train, matched.test
     mesh = meshes.make_mesh({'enabled': True, 'group_size': 0})
     batch_size = min(recipe.batch_size, len(train)) // mesh.size * mesh.size
     if batch_size == 0:
         raise UserError(f'{len(train)} labelled images cannot be spread over {mesh.size} devices')
     steps_per_epoch = len(train) // batch_size
-    net = Classifier(int(max(train.labels.max(), test.labels.max())) + 1, recipe.batch_norm)
+    if recipe.epochs * steps_per_epoch >= 2**31:
+        raise UserError(
+            f'{recipe.epochs:,} epochs of {steps_per_epoch:,} steps are too many: use at most '
+            f'{(2**31 - 1) // steps_per_epoch:,} epochs'
+        )
+    net = Classifier(len(train.class_names), recipe.batch_norm)
     tx = _optimizer(recipe, batch_size, steps_per_epoch)
     state = meshes.put(mesh, _initial_state(model, net, recipe, tx, seed))
     about = {
         'recipe': dataclasses.asdict(recipe) | {'milestones': list(recipe.milestones)},
         'crop_scale': crop_scale and list(crop_scale),
-        'images': len(train),
         'batch_size': batch_size,
-        'trunk_steps': model.step,
         'seed': seed,
-    }
+    } | describe(model, train)
     checkpoints = Checkpoints(out / 'checkpoints', keep=1)
-    if checkpoints.latest_step() is not None:
-        _check_same(about, checkpoints.metadata(checkpoints.latest_step()), out)
-        state, _ = checkpoints.restore(state)
+    restored = checkpoints.restore(state, lambda before: _check_same(about, before, out))
+    state = restored[0] if restored else state
 
     first, last = int(state['step']), recipe.epochs * steps_per_epoch
     if first < last:
         make = _centres if crop_scale is None else _crops
-        look, batches = make(model, train, batch_size, seed, crop_scale, first)
+        look, batches = make(model, train, batch_size, seed, crop_scale, first, out)
         step = jax.jit(
             _make_step(model.net, net, tx, look),
             out_shardings=NamedSharding(mesh, meshes.REPLICATED),
@@ -148,6 +158,21 @@ def fit(
     return measure(model, net, state, test) | {'loss': float(state['loss'])}
 
 
+def describe(model: Model, train: Source) -> dict[str, Any]:
+    """What a classifier is made from, as JSON has it; of two that differ some value does."""
+    data = settings.to_dict(model.config.data)
+    return {
+        'trunk_weights': model.digest(),
+        'trunk_steps': model.step,
+        'precision': model.config.precision,
+        'data': {name: data[name] for name in ('canvas_size', 'channels', 'mean', 'std')},
+        'evaluate': {name: model.config.evaluate[name] for name in ('size', 'resize')},
+        'images': len(train),
+        'classes': len(train.class_names),
+        'images_and_labels': train.digest(labels=True),
+    }
+
+
 def measure(model: Model, net: Classifier, state: Tree, test: Source) -> dict[str, float]:
     """`accuracies` on `test` of a classifier, with the trunk that was trained with it, if any."""
     state = jax.tree.map(np.asarray, state)
@@ -155,6 +180,7 @@ def measure(model: Model, net: Classifier, state: Tree, test: Source) -> dict[st
     for kind in ('params', 'batch_stats'):
         trunk[kind] |= {key: x for key, x in state[kind].items() if key == 'trunk'}
     found = extract(model.net, trunk, test, model.config, has_head=False, progress=True)
+    labelled.say(check(found, test, model.config))
     variables = {kind: state[kind]['classifier'] for kind in ('params', 'batch_stats')}
     logits = jax.jit(lambda x: net.apply(variables, x, False))(found.trunk)
     return accuracies(np.asarray(logits)[found.readable], test.labels[found.readable])
@@ -168,10 +194,11 @@ def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def _centres(
-    model: Model, source: Source, batch_size: int, seed: int, _: None, first: int
+    model: Model, source: Source, batch_size: int, seed: int, _: None, first: int, out: Path
 ) -> tuple[Look, Batches]:
     """Batches of features that are computed once, of the images' centres."""
     found = model.extract(source, has_head=False, progress=True)
+    labelled.say(check(found, source, model.config))
     weight = np.float32(found.readable)
     share = batch_size // jax.process_count()
     start = jax.process_index() * share
@@ -198,6 +225,7 @@ def _crops(
     seed: int,
     scale: tuple[float, float],
     first: int,
+    out: Path,
 ) -> tuple[Look, Batches]:
     """Batches of images, of which the network sees a random crop, flipped half of the time."""
     data = model.config.data.copy_and_resolve_references().unlock()
@@ -207,6 +235,8 @@ def _crops(
         (scale,),
     )
     flip = model.config.augment.copy_and_resolve_references()
+    out.mkdir(parents=True, exist_ok=True)
+    bad = BadImages(source, out / 'bad_images.txt', data.max_bad_fraction)
     flip.flip_p, flip.color_jitter_p, flip.grayscale_p, flip.blur_radius_max = 0.5, 0.0, 0.0, 0.0
 
     def batches():
@@ -214,6 +244,10 @@ def _crops(
         for batch in pipeline.train_batches(
             source, data, seed=seed, global_batch=batch_size, first_step=first, **share
         ):
+            for name in bad.update(batch['index'], batch['weight']):
+                labelled.say([f'cannot be read, does not count: {name}'])
+            if len(bad.names) == len(source):
+                raise UserError(f'none of {len(source):,} images can be read: see {bad.path}')
             yield batch | {'label': source.labels[batch['index']]}
 
     def look(net, batch, train):
@@ -306,7 +340,8 @@ def _trunk_of(variables: Tree) -> Tree:
 def _check_same(about: Tree, before: Tree, out: Path) -> None:
     for name, value in about.items():
         if before.get(name) != value:
+            was = f'{name} {before[name]}' if name in before else f'an unknown {name}'
             raise UserError(
-                f'{out} holds a training with {name} {before.get(name)} instead of {value}: name '
-                'another --out'
+                f'{printable(out)} holds a training with {was} instead of {value}: name another '
+                '--out'
             )

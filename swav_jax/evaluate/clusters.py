@@ -3,8 +3,9 @@
     python -m swav_jax.evaluate.clusters --workdir RUN --source folder:/photos --out clusters
 
 writes clusters/assignments.csv, a line an image with its name, its nearest prototype and how
-likely that one is, clusters/soft.npy with the probability of each prototype (N, K), and a list of
-names for each prototype that has images, clusters/prototype_7.txt, nearest first.
+likely that one is, clusters/soft.npy with the probability of each prototype (N, K), line by line,
+and a list of names for each prototype that has images, clusters/prototype_7.txt, nearest first.
+Images that cannot be read are left out. Control characters in names are escaped.
 """
 
 import argparse
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from swav_jax import atomic
 from swav_jax.data.images import Source
-from swav_jax.evaluate import command
+from swav_jax.errors import UserError
+from swav_jax.evaluate import command, features, labelled, outputs
+from swav_jax.printable import printable
+
+_WRITTEN = r'assignments\.csv|soft\.npy|prototype_\d+\.txt'
 
 
 def assign(scores: np.ndarray) -> np.ndarray:
@@ -75,25 +79,39 @@ def _entropy(p: np.ndarray) -> float:
     return float(-np.sum(p * np.log(p)))
 
 
-def write(out: Path, source: Source, scores: np.ndarray, temperature: float) -> np.ndarray:
-    """Write the files that the module's docstring describes, and return the assignments (N,)."""
-    out.mkdir(parents=True, exist_ok=True)
+def write(
+    out: Path, source: Source, scores: np.ndarray, temperature: float, readable: np.ndarray
+) -> np.ndarray:
+    """Write the files that the module's docstring describes.
+
+    Args:
+      out: the folder; gets clusters.json, too, with the names of the files that are written.
+      source: N images.
+      scores: (N, K).
+      temperature: of `soften`.
+      readable: (N,) bool, which images to write of: M.
+
+    Returns:
+      The assignments (M,).
+
+    Raises:
+      UserError: `out` holds such files that no call wrote.
+    """
+    scores = scores[readable]
     assignments, soft = assign(scores), soften(scores, temperature)
-    names = [source.name(i) for i in range(len(source))]
-    with atomic.replacing(out / 'assignments.csv') as path, path.open('w', newline='') as file:
-        table = csv.writer(file)
-        table.writerow(['name', 'prototype', 'probability'])
-        for name, prototype, row in zip(names, assignments, soft, strict=True):
-            table.writerow([name, prototype, f'{row[prototype]:.4f}'])
-    with atomic.replacing(out / 'soft.npy') as path, path.open('wb') as file:
-        np.save(file, soft)
-    for old in out.glob('prototype_*.txt'):
-        old.unlink()
-    for prototype in np.unique(assignments):
-        members = np.flatnonzero(assignments == prototype)
-        nearest = members[np.argsort(-scores[members, prototype], kind='stable')]
-        with atomic.replacing(out / f'prototype_{prototype}.txt') as path:
-            path.write_text(''.join(f'{names[i]}\n' for i in nearest))
+    names = [printable(source.name(int(i))) for i in np.flatnonzero(readable)]
+    with outputs.replacing(out, 'clusters', _WRITTEN) as folder:
+        with (folder / 'assignments.csv').open('w', newline='', encoding='utf-8') as file:
+            table = csv.writer(file)
+            table.writerow(['name', 'prototype', 'probability'])
+            for name, prototype, row in zip(names, assignments, soft, strict=True):
+                table.writerow([name, prototype, f'{row[prototype]:.4f}'])
+        np.save(folder / 'soft.npy', soft)
+        for prototype in np.unique(assignments):
+            members = np.flatnonzero(assignments == prototype)
+            nearest = members[np.argsort(-scores[members, prototype], kind='stable')]
+            lines = ''.join(f'{names[i]}\n' for i in nearest)
+            (folder / f'prototype_{prototype}.txt').write_text(lines, encoding='utf-8')
     return assignments
 
 
@@ -101,19 +119,31 @@ def main(arguments: argparse.Namespace) -> None:
     """Assign the images that the command line names and say how well that went."""
     model = command.load(arguments)
     model.need_head()
+    out = outputs.folder(arguments.out)
+    outputs.check(out, 'clusters', _WRITTEN)
+    heads = len(model.config.model.head.num_clusters)
+    if not 0 <= arguments.head < heads:
+        raise UserError(f'--head={arguments.head} is not there: use 0 to {heads - 1}')
     source = model.open(arguments.source or model.config.data.source, arguments.limit)
+    labelled.say(source.notes)
     found = model.extract(source, progress=True)
-    scores = found.scores[arguments.head]
-    assignments = write(Path(arguments.out), source, scores, model.config.loss.temperature)
+    labelled.say(features.check(found, source, model.config))
+    scores, readable = found.scores[arguments.head], found.readable
+    assignments = write(out, source, scores, model.config.loss.temperature, readable)
     used = np.sort(sizes(assignments, scores.shape[1]))[::-1]
     print(
-        f'{len(source):,} images, nearest to {np.count_nonzero(used)} of {len(used)} prototypes; '
-        f'largest {used[0]:,}, median {int(np.median(used)):,}'
+        f'{len(assignments):,} images, nearest to {np.count_nonzero(used)} of {len(used)} '
+        f'prototypes; largest {used[0]:,}, median {int(np.median(used)):,}'
     )
     if source.labels is not None:
-        print(f'NMI {nmi(source.labels, assignments):.4f}')
-        print(f'purity {purity(source.labels, assignments):.4f}')
-    print(f'written to {arguments.out}')
+        labels = source.labels[readable]
+        known = labels >= 0
+        if not known.all():
+            labelled.say([f'{np.count_nonzero(~known):,} images without a label do not count'])
+        if known.any():
+            print(f'NMI {nmi(labels[known], assignments[known]):.4f}')
+            print(f'purity {purity(labels[known], assignments[known]):.4f}')
+    print(f'written to {printable(arguments.out)}')
 
 
 if __name__ == '__main__':

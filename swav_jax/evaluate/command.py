@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 from swav_jax import cli
 from swav_jax import config as settings
-from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 
 
@@ -61,27 +60,3 @@ def load(arguments: argparse.Namespace):
         return model.load(arguments.workdir, step=arguments.step, changes=arguments.changes)
     config = cli.load_config(arguments.config) if arguments.config else settings.default()
     return model.load_weights(arguments.weights, cli.override(config, arguments.changes))
-
-
-def add_labelled(made: argparse.ArgumentParser) -> None:
-    """Add the flags that name labelled images to learn from and others to test on."""
-    made.add_argument('--train', help='labelled images (default: config.evaluate.train_source)')
-    made.add_argument('--test', help='others to test on (default: config.evaluate.test_source)')
-
-
-def open_labelled(model, arguments: argparse.Namespace) -> tuple[Source, Source]:
-    """The images of --train and --test.
-
-    Raises:
-      UserError: there are none, or they have no labels.
-    """
-    evaluate, opened = model.config.evaluate, []
-    for flag, default in (('train', evaluate.train_source), ('test', evaluate.test_source)):
-        spec = getattr(arguments, flag) or default
-        if not spec:
-            raise UserError(f'--{flag} is missing: name labelled images, as folder:/path/{flag}')
-        source = model.open(spec, arguments.limit)
-        if source.labels is None:
-            raise UserError(f'--{flag}={spec} has no labels: put each class into its own folder')
-        opened.append(source)
-    return tuple(opened)

@@ -3,8 +3,9 @@
     python -m swav_jax.evaluate.features --workdir RUN --source demo:test --out features.npz
 
 writes arrays `trunk` (N, F), `embeddings` (N, D) of length 1, `scores0`, … (N, K) for each head of
-prototypes, `labels` (N,) where they are known, `readable` (N,) and `names` (N,). An --out without
-.npz is a folder of .npy files, which are written, and can be read, as memory maps.
+prototypes, `labels` (N,) as the data have them where they are known, -1 of single images without,
+`readable` (N,), False for images that could not be decoded, and `names` (N,). An --out without .npz
+is a folder of .npy files, which are written, and can be read, as memory maps.
 """
 
 import argparse
@@ -26,8 +27,13 @@ from rich.progress import track
 from swav_jax import atomic, augment
 from swav_jax.data import pipeline
 from swav_jax.data.images import Source
-from swav_jax.evaluate import command
+from swav_jax.errors import UserError
+from swav_jax.evaluate import command, labelled, outputs
 from swav_jax.models import SwAVNet
+from swav_jax.printable import printable
+
+_WRITTEN = r'(trunk|embeddings|scores\d+|labels|readable|names)\.npy'
+_CHECKED_ROWS = 8192  # of memory maps, at a time
 
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
@@ -41,7 +47,7 @@ class Features:
       embeddings: (N, D) projections, of length 1 unless the head leaves them as they are; None of
         a network without a head.
       scores: for each prototype head (N, K).
-      labels: (N,) int32, or None.
+      labels: (N,) int32 indices of the source's `class_names`, -1 where not known; or None.
       readable: (N,) bool; False for an image that could not be decoded, whose features are those of
         a gray picture.
     """
@@ -95,17 +101,17 @@ def extract(
     devices = jax.local_devices() if mesh is None else mesh.local_devices
     share = np.array_split(np.arange(len(source)), jax.process_count())[jax.process_index()]
     mine = source if len(share) == len(source) else source.take(share)
-    rows = -(-config.evaluate.batch_size // len(devices)) * len(devices)
+    rows = -(-_rows(len(mine), config.evaluate.batch_size) // len(devices)) * len(devices)
     batches = _batches(net, variables, mine, config, devices, rows, has_head)
     if progress:
         batches = track(batches, 'features', total=-(-len(mine) // rows))
 
     found, readable, done = None, np.zeros(len(mine), bool), 0
-    for outputs, weight in batches:
+    for results, weight in batches:
         if found is None:
-            found = {name: allocate(name, (len(mine), *x.shape[1:])) for name, x in outputs.items()}
+            found = {name: allocate(name, (len(mine), *x.shape[1:])) for name, x in results.items()}
         place = slice(done, done + len(weight))
-        for name, output in outputs.items():
+        for name, output in results.items():
             found[name][place] = output
         readable[place] = weight > 0
         done += len(weight)
@@ -116,6 +122,11 @@ def extract(
     return Features(
         found['trunk'], found.get('embeddings'), scores, source.labels, found['readable']
     )
+
+
+def _rows(count: int, most: int) -> int:
+    """Rows of a batch of `count` images: few sizes, since each is compiled, but few rows wasted."""
+    return next((rows for rows in (8, 64, 512) if count <= rows <= most), most)
 
 
 def _batches(
@@ -138,15 +149,15 @@ def _batches(
         size=config.evaluate.size,
         batch_size=rows,
     )
-    settings = dict(
-        size=config.evaluate.size, data=FrozenConfigDict(config.data), has_head=has_head
-    )
+    # No more than is read of the settings, so that others can change without compiling anew.
+    look = FrozenConfigDict({name: config.data[name] for name in ('mean', 'std')})
+    settings = dict(size=config.evaluate.size, data=look, has_head=has_head)
     sharding = NamedSharding(mesh, P('image'))
     pending = None  # fetched one batch late: the host decodes while the devices compute
     for batch in batches:
         pictures = {name: batch[name] for name in ('image', 'size', 'boxes')}
-        outputs = _look(net, variables, jax.device_put(pictures, sharding), **settings)
-        done, pending = pending, (outputs, batch)
+        results = _look(net, variables, jax.device_put(pictures, sharding), **settings)
+        done, pending = pending, (results, batch)
         if done is not None:
             yield _fetch(*done)
     if pending is not None:
@@ -168,10 +179,10 @@ def _look(net, variables, batch, *, size, data, has_head):
 
 
 def _fetch(
-    outputs: dict[str, jax.Array], batch: pipeline.Batch
+    results: dict[str, jax.Array], batch: pipeline.Batch
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     real = batch['index'] >= 0
-    return {name: np.asarray(x)[real] for name, x in outputs.items()}, batch['weight'][real]
+    return {name: np.asarray(x)[real] for name, x in results.items()}, batch['weight'][real]
 
 
 def _local(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
@@ -191,49 +202,128 @@ def _gather(found: dict[str, np.ndarray], total: int) -> dict[str, np.ndarray]:
     return {name: gather(x) for name, x in found.items()}
 
 
+def check(found: Features, source: Source, config: ConfigDict) -> list[str]:
+    """Refuse features that say little or nothing; returns a line on the images that are left out.
+
+    Args:
+      found: features of `source`.
+      source: the images.
+      config: all settings, of which `data.max_bad_fraction` and `precision` are read.
+
+    Raises:
+      UserError: no image could be read, or too few, or a feature is not finite.
+    """
+    said = check_readable(found.readable, source, config.data.max_bad_fraction)
+    if bad := not_finite(found):
+        raise UserError(
+            f'the network makes of images numbers that are not finite ({", ".join(bad)}): its '
+            f'weights are damaged, or their products too large for config.precision='
+            f'{config.precision!r}'
+        )
+    return said
+
+
+def check_readable(readable: np.ndarray, source: Source, max_bad_fraction: float) -> list[str]:
+    """Refuse images of which too many cannot be read; returns a line on those that cannot.
+
+    Args:
+      readable: (N,) bool.
+      source: the N images.
+      max_bad_fraction: `config.data.max_bad_fraction`.
+
+    Raises:
+      UserError: none can be read, or too few.
+    """
+    bad = np.flatnonzero(~readable)
+    if not len(bad):
+        return []
+    names = labelled.few([source.name(int(i)) for i in bad[: labelled.SHOWN]], len(bad))
+    if len(bad) == len(source):
+        raise UserError(f'none of {len(source):,} images can be read: {names}')
+    count = f'{len(bad):,} of {len(source):,} images cannot be read'
+    if len(bad) > max_bad_fraction * len(source):
+        raise UserError(
+            f'{count}, more than config.data.max_bad_fraction={max_bad_fraction} allows: {names}; '
+            'repair or remove them, or allow more'
+        )
+    return [f'{count} and do not count: {names}']
+
+
+def not_finite(found: Features) -> list[str]:
+    """Names of the features that are not finite of all readable images."""
+    bad = []
+    for name, array in found.arrays().items():
+        if array.dtype.kind == 'f':
+            for start in range(0, len(array), _CHECKED_ROWS):
+                rows = slice(start, start + _CHECKED_ROWS)
+                if not np.isfinite(array[rows][found.readable[rows]]).all():
+                    bad.append(name)
+                    break
+    return bad
+
+
 def save(path: Path, source: Source, compute: Callable[[Allocate], Features]) -> Features:
     """Write features to `path`: an .npz file, or a folder of .npy files that are memory maps.
 
+    All arrays of a call appear together, in the place of those of an earlier call.
+
     Args:
-      path: where to; each file appears once it is whole.
-      source: the images, for their names.
+      path: where to.
+      source: the images, for their names, and for their labels as the data have them.
       compute: makes the features in arrays that it is given.
+
+    Raises:
+      UserError: the folder holds such files that no call wrote.
     """
     names = np.array([source.name(i) for i in range(len(source))])
+
+    def named(found: Features) -> dict[str, np.ndarray]:
+        known = {} if found.labels is None else {'labels': source.label_ids()}
+        return found.arrays() | known | {'names': names}
+
     if path.suffix == '.npz':
         found = compute(lambda _, shape: np.empty(shape, np.float32))
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as temporary, temporary.open('wb') as file:
-            np.savez(file, **found.arrays(), names=names)
+            np.savez(file, **named(found))
         return found
-    path.mkdir(parents=True, exist_ok=True)
 
-    def allocate(name, shape):
-        return np.lib.format.open_memmap(path / f'.{name}.npy', 'w+', np.float32, shape)
+    with outputs.replacing(path, 'features', _WRITTEN) as folder:
 
-    found = compute(allocate)
-    arrays = found.arrays() | {'names': names}
-    for name, array in arrays.items():
-        if isinstance(array, np.memmap):
-            array.flush()
-        else:
-            np.save(path / f'.{name}.npy', array)
-        (path / f'.{name}.npy').replace(path / f'{name}.npy')
+        def allocate(name, shape):
+            return np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', np.float32, shape)
+
+        found = compute(allocate)
+        for name, array in named(found).items():
+            if isinstance(array, np.memmap):
+                array.flush()
+            else:
+                np.save(folder / f'{name}.npy', array)
     return found
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Extract and write what the command line says."""
     model = command.load(arguments)
+    if Path(arguments.out).suffix == '.npz':
+        out = outputs.file(arguments.out)
+    else:
+        out = outputs.folder(arguments.out)
+        outputs.check(out, 'features', _WRITTEN)
     source = model.open(arguments.source or model.config.data.source, arguments.limit)
-    found = save(
-        Path(arguments.out),
-        source,
-        lambda allocate: model.extract(source, progress=True, allocate=allocate),
-    )
+    labelled.say(source.notes)
+    said = []
+
+    def compute(allocate: Allocate) -> Features:
+        found = model.extract(source, progress=True, allocate=allocate)
+        said.extend(check(found, source, model.config))
+        return found
+
+    found = save(out, source, compute)
     for name, array in found.arrays().items():
         print(f'{name} {array.dtype}{list(array.shape)}')
-    print(f'written to {arguments.out}')
+    labelled.say(said)
+    print(f'written to {printable(arguments.out)}')
 
 
 if __name__ == '__main__':

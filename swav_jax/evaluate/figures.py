@@ -1,5 +1,9 @@
-"""Curves of a run, and its map, as matplotlib figures that belong to nobody else's state."""
+"""Curves of a run, and its map, as matplotlib figures that belong to nobody else's state.
 
+What comes from the data, as names of classes, is drawn as it is: nothing of it is markup.
+"""
+
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,28 +12,33 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from swav_jax.data.images import Source
-from swav_jax.evaluate import clusters, gallery
+from swav_jax.evaluate import gallery
 from swav_jax.evaluate.features import Features
 
+_LONGEST = 20  # letters of a name
 BLUE, ORANGE, GRAY = '#2563a8', '#c2571a', '#6b7280'
 
 Rows = Sequence[Mapping[str, Any]]
 
 
-def loss(rows: Rows) -> Figure:
-    """The loss with ln K over the epochs, and the learning rate beneath.
+def loss(rows: Rows) -> Figure | None:
+    """The loss with ln K over the epochs, and the learning rate beneath; None without a loss.
 
     Args:
-      rows: of metrics.jsonl, at least one with a loss.
+      rows: of metrics.jsonl, each value a finite number or missing.
     """
-    rows = [row for row in rows if row['loss'] is not None]
-    epochs, losses, rates = np.array([[row['epoch'], row['loss'], row['lr']] for row in rows]).T
+    rows = [row for row in rows if {'epoch', 'loss'} <= row.keys()]
+    if not rows:
+        return None
     figure = Figure(figsize=(8, 5), layout='constrained')
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    _curve(top, epochs, losses, ln_k(rows), f'ln K = {ln_k(rows):.2f}: all prototypes alike')
+    known = ln_k(rows)
+    label = known and f'ln K = {known:.2f}: all prototypes alike'
+    _curve(top, *_points(rows, 'loss'), known, label)
     top.set_ylabel('swapped-prediction loss')
-    top.set_title(f'Loss over {rows[-1]["step"]:,} steps', loc='left')
-    bottom.plot(epochs, rates, color=ORANGE, linewidth=1.6)
+    top.set_title(f'Loss over {rows[-1].get("step", len(rows)):,} steps', loc='left')
+    rates = _points(rows, 'lr')
+    bottom.plot(*rates, color=ORANGE, linewidth=1.6)
     bottom.set_ylim(bottom=0)
     bottom.set_ylabel('learning rate')
     bottom.set_xlabel('epoch')
@@ -37,9 +46,16 @@ def loss(rows: Rows) -> Figure:
     return figure
 
 
-def ln_k(rows: Rows) -> float:
-    """The loss of a network that tells nothing apart."""
-    return rows[0]['loss'] / rows[0]['loss_over_ln_k']
+def ln_k(rows: Rows) -> float | None:
+    """The loss of a network that tells nothing apart; None if no row has it."""
+    both = ((row.get('loss'), row.get('loss_over_ln_k')) for row in rows)
+    return next((value / share for value, share in both if value and share), None)
+
+
+def _points(rows: Rows, name: str) -> np.ndarray:
+    """Epochs and values of those rows that have both: (2, n)."""
+    known = [(row['epoch'], row[name]) for row in rows if {'epoch', name} <= row.keys()]
+    return np.array(known, float).reshape(-1, 2).T
 
 
 def metric(
@@ -48,33 +64,40 @@ def metric(
     """One number over the epochs, small; None if the rows do not have it.
 
     Args:
-      rows: of metrics.jsonl or events.jsonl.
+      rows: of metrics.jsonl or events.jsonl, each value a finite number or missing.
       name: of the number.
       title: of the figure.
       reference: where to draw a dashed line.
       label: what stands on that line.
     """
-    known = [(row['epoch'], row[name]) for row in rows if row.get(name) is not None]
-    if not known:
+    epochs, values = _points(rows, name)
+    if not len(values):
         return None
     figure = Figure(figsize=(4.6, 2.7), layout='constrained')
     axes = figure.subplots()
-    _curve(axes, *np.array(known, float).T, reference, label)
+    _curve(axes, epochs, values, reference, label)
     axes.set_title(title, loc='left', fontsize=11)
     axes.set_xlabel('epoch')
     return figure
 
 
-def prototypes(found: Features, source: Source, *, most: int = 30, images: int = 10) -> Figure:
-    """The first head's largest prototypes, each with its size, main class and nearest images."""
-    shown = gallery.prototypes(found, source, most=most, images=images)
-    used = np.count_nonzero(clusters.sizes(clusters.assign(found.scores[0]), 1))
+def prototypes(
+    found: Features, source: Source, *, most: int = 30, images: int = 10
+) -> Figure | None:
+    """The first head's largest prototypes, each with its size, main class and nearest images.
+
+    None where no image is readable, or the network has no prototypes.
+    """
+    shown = gallery.prototypes(found, source, most=most, images=images) if found.scores else []
+    if not shown:
+        return None
     columns = 2 if len(shown) > 5 else 1
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(8.2 * columns, 0.6 + 0.7 * lines), layout='constrained')
     figure.suptitle(
-        f'{used} of {found.scores[0].shape[1]} prototypes are nearest to some of {len(found):,} '
-        f'images; the {len(shown)} largest, each with its nearest images',
+        f'{gallery.used(found)} of {found.scores[0].shape[1]} prototypes are nearest to some of '
+        f'{np.count_nonzero(found.readable):,} images; the {len(shown)} largest, each with its '
+        'nearest images',
         x=0.01,
         ha='left',
         fontsize=11,
@@ -96,32 +119,61 @@ def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int)
         strip[:, left : left + side] = gallery.thumbnail(source, index)
     axes.imshow(strip, interpolation='none')
     axes.set_axis_off()
-    style = dict(x=margin - 10, ha='right', va='center')
+    style = dict(x=margin - 10, ha='right', va='center', parse_math=False)
     axes.text(y=18, s=f'{prototype["size"]:,}', fontsize=10, weight='bold', **style)
     if 'label' in prototype:
-        text = f'{prototype["label"][:20]}\n{prototype["share"]:.0%}'
+        text = f'{_short(prototype["label"])}\n{prototype["share"]:.0%}'
         axes.text(y=46, s=text, fontsize=7, color=GRAY, **style)
 
 
 def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | None) -> Figure:
-    """Points (N, 2) in the colours of their groups (N,); `names` of the groups, if to be told."""
+    """Points (N, 2) in the colours of their groups (N,); `names` of the groups, if to be told.
+
+    A group of -1 is of unknown class, and gray.
+    """
     colors = matplotlib.colormaps['tab10' if groups.max() < 10 else 'tab20']
     figure = Figure(figsize=(5.5, 5.5), layout='constrained')  # its names are legible on a phone
     axes = figure.subplots()
+    drawn, told = [], []
     for group in np.unique(groups):
         x, y = points[groups == group].T
-        name = names and names[group]
-        axes.scatter(x, y, s=9, color=colors(group % colors.N), linewidths=0, label=name)
+        color = colors(group % colors.N) if group >= 0 else GRAY
+        drawn.append(axes.scatter(x, y, s=9, color=color, linewidths=0))
+        if names:
+            told.append(_short(names[group]) if group >= 0 else 'unknown')
     axes.set_aspect('equal', 'datalim')
     axes.set_axis_off()
     if names:
-        figure.legend(
-            loc='outside lower center', ncols=3, frameon=False, markerscale=2, fontsize=10
+        # A legend leaves out labels that begin with an underscore; so they are set afterwards.
+        legend = figure.legend(
+            drawn,
+            ['?'] * len(drawn),
+            loc='outside lower center',
+            ncols=3,
+            frameon=False,
+            markerscale=2,
+            fontsize=10,
         )
+        for text, name in zip(legend.get_texts(), told, strict=True):
+            text.set_parse_math(False)
+            text.set_text(name)
     return figure
 
 
-def _curve(axes: Any, x: np.ndarray, y: np.ndarray, reference: float | None, label: str) -> None:
+def write(figure: Figure, file: Any, **options: Any) -> None:
+    """Save a figure; letters that its font lacks become boxes, unsaid."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')
+        figure.savefig(file, **options)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST else f'{name[: _LONGEST - 1]}…'
+
+
+def _curve(
+    axes: Any, x: np.ndarray, y: np.ndarray, reference: float | None, label: str | None
+) -> None:
     """A line whose last value is told, and a dashed one to compare it with."""
     low, high = y.min(), y.max()
     if reference is not None:
@@ -148,7 +200,7 @@ def _curve(axes: Any, x: np.ndarray, y: np.ndarray, reference: float | None, lab
     )
     span = high - low or abs(high) or 1.0
     axes.set_ylim(low - 0.08 * span, high + 0.18 * span)
-    axes.set_xlim(min(0.0, x[0]), 1.1 * x[-1] or 1.0)  # room for the last value
+    axes.set_xlim(min(0.0, x.min()), 1.1 * max(x.max(), 0.0) or 1.0)  # room for the last value
     _plain(axes)
 
 

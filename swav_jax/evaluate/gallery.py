@@ -29,9 +29,9 @@ def prototypes(found: Features, source: Source, *, most: int, images: int) -> li
       images: how many images of each.
 
     Returns:
-      For each: `prototype`, its number; `size`, how many images it has; `nearest`, the numbers of
-      its nearest ones; where there are labels, `label` and `share`, the most frequent class among
-      all its images and that class's share.
+      For each: `prototype`, its number; `size`, how many readable images it has; `nearest`, the
+      numbers of its nearest ones; where labels of some are known, `label` and `share`, the most
+      frequent class among these and that class's share.
     """
     scores = found.scores[0]
     assignments = np.where(found.readable, clusters.assign(scores), -1)
@@ -43,11 +43,12 @@ def prototypes(found: Features, source: Source, *, most: int, images: int) -> li
             break
         nearest = members[np.argsort(-scores[members, prototype], kind='stable')[:images]]
         item = {'prototype': int(prototype), 'size': len(members), 'nearest': nearest}
-        if found.labels is not None:
-            counts = np.bincount(found.labels[members])
+        known = [] if found.labels is None else found.labels[members]
+        counts = np.bincount([label for label in known if label >= 0])
+        if len(counts):
             label = int(counts.argmax())
             item['label'] = class_name(source, label)
-            item['share'] = counts[label] / len(members)
+            item['share'] = counts[label] / counts.sum()
         shown.append(item)
     return shown
 
@@ -97,6 +98,11 @@ def crops(source: Source, config: ConfigDict, *, images: int) -> list[list[np.nd
         for row, crop in enumerate(levels):  # crop-major: the images take turns
             seen[row % count].append(crop)
     return seen
+
+
+def used(found: Features) -> int:
+    """How many prototypes of the first head are the nearest one of some readable image."""
+    return len(np.unique(clusters.assign(found.scores[0][found.readable])))
 
 
 def class_name(source: Source, label: int) -> str:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from swav_jax.errors import UserError
-from swav_jax.evaluate import command
+from swav_jax.evaluate import command, features, labelled
 
 # One block of similarities is at most this large: 256 MB.
 _TEST_ROWS = 8192
@@ -33,16 +33,20 @@ def accuracy(
     k: int,
     temperature: float,
 ) -> float:
-    """Top-1 accuracy in percent; see `classify`.
+    """Top-1 accuracy in percent, of the test images whose label is known; see `classify`.
 
     Raises:
-      UserError: `k` is more than the number of training images.
+      UserError: `k` is more than the number of labelled training images, or no test image has a
+        label.
     """
+    known = test_y >= 0
+    if not known.any():
+        raise UserError('there is no labelled image to test on')
     num_classes = int(max(train_y.max(), test_y.max())) + 1
     predicted = classify(
-        train_x, train_y, test_x, k=k, temperature=temperature, num_classes=num_classes
+        train_x, train_y, test_x[known], k=k, temperature=temperature, num_classes=num_classes
     )
-    return float(100 * np.mean(predicted == test_y))
+    return float(100 * np.mean(predicted == test_y[known]))
 
 
 def classify(
@@ -56,11 +60,15 @@ def classify(
 ) -> np.ndarray:
     """The classes (M,) that images `train_x` (N, F) of classes `train_y` vote for `test_x` (M, F).
 
-    Of equal votes the class with the lowest number wins.
+    Of equal votes the class with the lowest number wins. Images with a negative label, whose class
+    is not known, do not vote: they are nobody's neighbours.
 
     Raises:
-      UserError: `k` is more than N.
+      UserError: `k` is more than the images that have a label.
     """
+    known = train_y >= 0
+    if not known.all():
+        train_x, train_y = train_x[known], train_y[known]
     similarity, index = neighbors(train_x, test_x, k=k)
     return vote(similarity, train_y[index], temperature=temperature, num_classes=num_classes)
 
@@ -102,6 +110,7 @@ def check(k: int, count: int) -> None:
 def _vote(similarity, labels, temperature, num_classes):
     # Relative to the nearest one, since exp(1 / temperature) may be more than float32 holds.
     weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
+    weight = jnp.where(labels >= 0, weight, 0)  # a negative index would count from the end
     row = jnp.arange(len(labels))[:, None]
     return jnp.zeros((len(labels), num_classes)).at[row, labels].add(weight).argmax(1)
 
@@ -109,7 +118,10 @@ def _vote(similarity, labels, temperature, num_classes):
 def vote(
     similarity: np.ndarray, labels: np.ndarray, *, temperature: float, num_classes: int
 ) -> np.ndarray:
-    """The class (M,) with the most weight among neighbours of given similarity and label (M, k)."""
+    """The class (M,) with the most weight among neighbours of given similarity and label (M, k).
+
+    Neighbours of a negative label have no vote.
+    """
     return np.asarray(_vote(similarity, labels, temperature, num_classes))
 
 
@@ -165,37 +177,34 @@ def main(arguments: argparse.Namespace) -> None:
     """Print the accuracy for each k that the command line names."""
     model = command.load(arguments)
     evaluate = model.config.evaluate
-    train, test = command.open_labelled(model, arguments)
+    train, test = labelled.open_pair(model, arguments)
     ks = sorted(arguments.k or [evaluate.k])
     for k in (ks[0], ks[-1]):
         check(k, len(train))
     if arguments.features == 'embeddings':
         model.need_head()
-    (train_x, train_y), (test_x, test_y) = (
-        _readable(model.extract(source, progress=True), arguments.features)
-        for source in (train, test)
-    )
+
+    def look(source):
+        found = model.extract(source, progress=True)
+        labelled.say(features.check(found, source, model.config))
+        return getattr(found, arguments.features)[found.readable], found.labels[found.readable]
+
+    (train_x, train_y), (test_x, test_y) = look(train), look(test)
     similarity, index = neighbors(train_x, test_x, k=ks[-1])
-    num_classes = int(max(train_y.max(), test_y.max())) + 1
     print(f'{len(train_y):,} images vote on {len(test_y):,}; temperature {evaluate.temperature}')
     for k in ks:
         predicted = vote(
             similarity[:, :k],
             train_y[index[:, :k]],
             temperature=evaluate.temperature,
-            num_classes=num_classes,
+            num_classes=len(train.class_names),
         )
         print(f'k = {k:<4} top-1 {100 * np.mean(predicted == test_y):.2f}%')
 
 
-def _readable(found, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features of that name and labels of the images that could be decoded."""
-    return getattr(found, name)[found.readable], found.labels[found.readable]
-
-
 if __name__ == '__main__':
     parser = command.parser(__doc__)
-    command.add_labelled(parser)
+    labelled.add_flags(parser)
     parser.add_argument('--k', type=int, nargs='+', help='neighbours (config.evaluate.k)')
     parser.add_argument('--features', choices=('trunk', 'embeddings'), default='trunk')
     sys.exit(command.run(main, parser))

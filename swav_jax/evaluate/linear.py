@@ -21,6 +21,8 @@ epoch, not the best one on the way. An interrupted probe goes on from its last e
 import argparse
 import dataclasses
 import json
+import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,9 +31,11 @@ from typing import Any
 from swav_jax import atomic
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate import command, logistic
-from swav_jax.evaluate.classifier import Recipe, accuracies, fit
+from swav_jax.evaluate import command, labelled, logistic, outputs
+from swav_jax.evaluate.classifier import Recipe, accuracies, describe, fit
+from swav_jax.evaluate.features import check
 from swav_jax.evaluate.model import Model
+from swav_jax.printable import printable
 
 PRESETS = {
     'swav': Recipe(epochs=100, learning_rate=0.3, weight_decay=1e-6),
@@ -48,7 +52,7 @@ PRESETS = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of what trains a classifier."""
-    command.add_labelled(parser)
+    labelled.add_flags(parser)
     parser.add_argument('--epochs', type=int)
     parser.add_argument('--learning_rate', type=float, help='for 256 images a step')
     parser.add_argument('--batch_size', type=int)
@@ -67,7 +71,7 @@ def folder(arguments: argparse.Namespace, name: str) -> Path:
     """
     if not (arguments.out or arguments.workdir):
         raise UserError('--out is missing: with --weights, name a folder for the results')
-    return Path(arguments.out or Path(arguments.workdir) / name).expanduser()
+    return outputs.folder(arguments.out or Path(arguments.workdir) / name)
 
 
 def train_and_test(
@@ -89,32 +93,67 @@ def train_and_test(
     Raises:
       UserError: a flag cannot be meant so.
     """
-    out = folder(arguments, name)
     scale = _crop_scale(arguments.crop_scale, recipe)
     recipe = _change(recipe, arguments)
-    result = fit(model, train, test, recipe, out, crop_scale=scale, seed=arguments.seed)
-    report(result | {'recipe': dataclasses.asdict(recipe)}, out)
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f'--seed={arguments.seed} must be from 0 to {2**32 - 1}')
+    if scale is not None:
+        _check_memory(min(recipe.batch_size, len(train)), model)
+    out = folder(arguments, name)
+    with outputs.locked(out):
+        result = fit(model, train, test, recipe, out, crop_scale=scale, seed=arguments.seed)
+        result |= {
+            'recipe': dataclasses.asdict(recipe),
+            'crop_scale': scale,
+            'seed': arguments.seed,
+            'made_from': describe(model, train) | _tested_on(test),
+        }
+        report(result, out)
 
 
 def report(result: Mapping[str, Any], out: Path) -> None:
     """Print top1 and top5, and write all of the result to result.json."""
-    out.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(out / 'result.json') as path:
-        path.write_text(json.dumps(result, indent=2) + '\n')
+        path.write_text(json.dumps(result, indent=2) + '\n', encoding='utf-8')
     print(f'top-1 {result["top1"]:.2f}%')
     print(f'top-5 {result["top5"]:.2f}%')
-    print(f'written to {out}')
+    print(f'written to {printable(out)}')
 
 
 def regress(model: Model, train: Source, test: Source, c: float) -> dict[str, float]:
-    """`top1` and `top5` on `test` of the logistic regression of the features of `train`."""
-    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    seen, tested = (model.extract(s, has_head=False, progress=True) for s in (train, test))
-    weights, bias = logistic.fit(
-        seen.trunk[seen.readable], train.labels[seen.readable], num_classes, c=c
-    )
-    logits = tested.trunk[tested.readable] @ weights + bias
-    return accuracies(logits, test.labels[tested.readable])
+    """`top1` and `top5` on `test` of the logistic regression of the features of `train`.
+
+    Classes are matched by name, unless that is done: see `labelled.pair`.
+
+    Raises:
+      UserError: they cannot be matched, or too many images cannot be read.
+    """
+    matched = labelled.pair(train, test)
+
+    def look(source):
+        found = model.extract(source, has_head=False, progress=True)
+        labelled.say(check(found, source, model.config))
+        return found.trunk[found.readable], source.labels[found.readable]
+
+    (train_x, train_y), (test_x, test_y) = look(matched.train), look(matched.test)
+    weights, bias = logistic.fit(train_x, train_y, len(matched.train.class_names), c=c)
+    return accuracies(test_x @ weights + bias, test_y)
+
+
+def _tested_on(test: Source) -> dict[str, Any]:
+    return {'test_images': len(test), 'test_images_and_labels': test.digest(labels=True)}
+
+
+def _check_memory(rows: int, model: Model) -> None:
+    """Refuse a batch whose canvases, of which several wait, are more than this machine holds."""
+    data = model.config.data
+    needed = 4 * rows * data.canvas_size**2 * data.channels
+    have = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    if needed > have:
+        raise UserError(
+            f'--batch_size={rows} images take {needed / 1e9:,.0f} GB, this machine has '
+            f'{have / 1e9:,.0f} GB: use at most {rows * have // needed}'
+        )
 
 
 def _change(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
@@ -122,8 +161,8 @@ def _change(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
     given = {name: getattr(arguments, name, None) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
-        if not value > 0:
-            raise UserError(f'--{name}={value} must be above 0')
+        if not 0 < value < math.inf:
+            raise UserError(f'--{name}={value} must be above 0, and finite')
     return dataclasses.replace(recipe, **given)
 
 
@@ -144,13 +183,15 @@ def _crop_scale(given: list[str], recipe: Recipe) -> tuple[float, float] | None:
 
 def main(arguments: argparse.Namespace) -> None:
     """Train and test the probe that the command line names."""
-    if not arguments.c > 0:
-        raise UserError(f'--c={arguments.c} must be above 0')
+    if not 0 < arguments.c < math.inf:
+        raise UserError(f'--c={arguments.c} must be above 0, and finite')
     model = command.load(arguments)
-    train, test = command.open_labelled(model, arguments)
+    train, test = labelled.open_pair(model, arguments)
     if arguments.preset == 'logistic':
+        out = folder(arguments, 'logistic')
         result = regress(model, train, test, arguments.c)
-        report(result | {'c': arguments.c}, folder(arguments, 'logistic'))
+        made_from = describe(model, train) | _tested_on(test)
+        report(result | {'c': arguments.c, 'made_from': made_from}, out)
     else:
         train_and_test(arguments, 'linear', PRESETS[arguments.preset], model, train, test)
 

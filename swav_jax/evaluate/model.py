@@ -1,6 +1,7 @@
 """A trained network to work with: `load('runs/demo').embed(images)`."""
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,15 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from swav_jax import config as settings
-from swav_jax import models, torch_weights
+from swav_jax import digest, models, torch_weights
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.config_file import override
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource, FileSource, Source
-from swav_jax.digest import named
 from swav_jax.errors import UserError
 from swav_jax.evaluate.features import Features, extract
 from swav_jax.precision import COMPUTE_DTYPES
+from swav_jax.printable import printable
 
 
 @dataclass
@@ -86,6 +87,12 @@ class Model:
             return self.extract(ArraySource('images', images))
         return self.extract(FileSource([str(path) for path in images]))
 
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell the trunk's weights and statistics from others."""
+        found = digest.digests({kind: part['trunk'] for kind, part in self.variables.items()})
+        text = ''.join(f'{name} {found[name]}\n' for name in sorted(found))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def need_head(self) -> None:
         """Make sure that there are prototypes.
 
@@ -110,7 +117,7 @@ def load(
       changes: of the run's settings, as `config_file.override` takes them.
 
     Raises:
-      UserError: there is none, or a change cannot be.
+      UserError: there is none, its weights are not finite, or a change cannot be.
     """
     workdir = Path(workdir).expanduser()
     if not (workdir / 'checkpoints').is_dir():
@@ -118,6 +125,7 @@ def load(
     checkpoints = Checkpoints(workdir / 'checkpoints')
     step, variables, metadata = checkpoints.read(('params', 'batch_stats'), step)
     checkpoints.close()
+    _check_finite(variables, f'the checkpoint of step {step} in {printable(workdir)}')
     config = override(restore_config(metadata['config']), changes)
     settings.validate(config)
     net = _build(config)
@@ -130,7 +138,8 @@ def load_weights(path: str | Path, config: ConfigDict) -> Model:
     """The network of `config` with PyTorch weights: see `torch_weights.load_into`.
 
     Raises:
-      UserError: a setting cannot work, or the file cannot be read or is of another network.
+      UserError: a setting cannot work, the file cannot be read, is of another network, or its
+        weights are not finite.
     """
     settings.validate(config)
     net = _build(config)
@@ -140,6 +149,9 @@ def load_weights(path: str | Path, config: ConfigDict) -> Model:
     params, batch_stats = torch_weights.load_into(blank['params'], blank['batch_stats'], path)
     has_head = not any(np.isnan(x).any() for x in jax.tree.leaves(params['head']))
     variables = {'params': params, 'batch_stats': batch_stats}
+    parts = ('trunk', 'head') if has_head else ('trunk',)
+    used = {kind: {p: x[p] for p in parts if p in x} for kind, x in variables.items()}
+    _check_finite(used, printable(path))
     return Model(net, variables, config, None, has_head, None)
 
 
@@ -158,7 +170,7 @@ def _check_fits(
       UserError: changed settings make another network.
     """
     ours, theirs = (
-        {name: x.shape for name, x in named({k: tree[k] for k in variables}).items()}
+        {name: x.shape for name, x in digest.named({k: tree[k] for k in variables}).items()}
         for tree in (_shapes(net, config), variables)
     )
     differ = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
@@ -168,6 +180,12 @@ def _check_fits(
             f'the changed --config.… make another network than the checkpoint of step {step} has: '
             f'{name} is {ours.get(name, "not there")} instead of {theirs.get(name, "not there")}'
         )
+
+
+def _check_finite(variables: Mapping[str, Any], where: str) -> None:
+    for name, x in digest.named(variables).items():
+        if not np.isfinite(np.asarray(x, np.float32)).all():
+            raise UserError(f'{where} holds {name} that is not finite: take other weights')
 
 
 def restore_config(saved: Mapping[str, Any]) -> ConfigDict:

@@ -3,7 +3,8 @@
     python -m swav_jax.evaluate.report --workdir RUN
 
 writes report.html, which needs no other file and no network, loss.png, prototypes.png and map.png
-into the run's folder, and images and a projector of embeddings for TensorBoard.
+into the run's folder, and images and a projector of embeddings for TensorBoard. What cannot be
+made, as of a damaged metrics.jsonl, is left out and named.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import json
 import math
 import string
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -27,9 +28,11 @@ from tensorboardX import SummaryWriter
 import swav_jax
 from swav_jax import atomic
 from swav_jax.data.images import Source
-from swav_jax.evaluate import clusters, command, figures, gallery, tsne
-from swav_jax.evaluate.features import Features
+from swav_jax.errors import UserError
+from swav_jax.evaluate import clusters, command, figures, gallery, labelled, tsne
+from swav_jax.evaluate.features import Features, check
 from swav_jax.monitor import read_rows
+from swav_jax.printable import printable
 
 MAPPED = 1000  # images in the map; its cost grows with their square
 PICTURED = 2000  # images to look at, where none are named
@@ -50,8 +53,8 @@ CURVES = {  # by the names in metrics.jsonl
 
 def write_all(
     workdir: Path, found: Features, source: Source, train: Source, config: ConfigDict, step: int
-) -> None:
-    """Write all that the module's docstring lists.
+) -> bool:
+    """Write all that the module's docstring lists; says what cannot be made, and raises nothing.
 
     Args:
       workdir: the run's folder.
@@ -60,18 +63,39 @@ def write_all(
       train: the images that the run trains on, for its crops.
       config: the run's settings.
       step: steps that the run has made.
+
+    Returns:
+      Whether report.html was written.
     """
-    draw_loss(workdir)
-    draw_prototypes(workdir, found, source)
-    write(workdir, found, source, gallery.crops(train, config, images=4))
-    write_tensorboard(workdir, found, source, step)
+    missing = _Missing()
+    crops = missing.without('the crops', lambda: gallery.crops(train, config, images=4), ())
+    missing.without('loss.png', lambda: draw_loss(workdir))
+    missing.without('prototypes.png', lambda: draw_prototypes(workdir, found, source))
+    left_out = missing.without('report.html', lambda: write(workdir, found, source, crops))
+    missing.extend(left_out or ())
+    missing.without('tensorboard/', lambda: write_tensorboard(workdir, found, source, step))
+    if missing:
+        again = f'python -m swav_jax.evaluate.report --workdir={printable(workdir)}'
+        print(f'the report lacks {"; ".join(missing)}: {again} writes it again', file=sys.stderr)
+    return left_out is not None
+
+
+class _Missing(list):
+    """What could not be made, each with the reason."""
+
+    def without(self, name: str, make: Callable[[], Any], instead: Any = None) -> Any:
+        """What `make` makes; if that fails `instead`, and a line more in this list."""
+        try:
+            return make()
+        except Exception as error:  # whatever it is, the run that is shown went well
+            reason = getattr(error, 'strerror', None) or str(error) or 'no reason given'
+            self.append(printable(f'{name} ({type(error).__name__}: {reason})')[:300])
+            return instead
 
 
 def draw_loss(workdir: Path) -> None:
-    """Write loss.png; nothing for a run without a logged step."""
-    rows = read_rows(workdir / 'metrics.jsonl')
-    if any(row['loss'] is not None for row in rows):
-        _save(figures.loss(rows), workdir / 'loss.png')
+    """Write loss.png; without a logged step there is none."""
+    _save(figures.loss(_rows(workdir / 'metrics.jsonl')), workdir / 'loss.png')
 
 
 def draw_prototypes(workdir: Path, found: Features, source: Source) -> None:
@@ -84,7 +108,7 @@ def write(
     found: Features,
     source: Source,
     crops: Sequence[Sequence[np.ndarray]] = (),
-) -> None:
+) -> list[str]:
     """Write report.html and map.png from what the run has logged and from features of images.
 
     Args:
@@ -92,39 +116,61 @@ def write(
       found: features of `source`.
       source: the images to show, labelled or not.
       crops: some images' crops as the network saw them, as `gallery.crops` makes them.
+
+    Returns:
+      What could not be made and is not on the page, with the reasons.
     """
-    rows, events = (read_rows(workdir / name) for name in ('metrics.jsonl', 'events.jsonl'))
-    summary, config = (_read(workdir / name) for name in ('summary.json', 'config.json'))
-    scatter = _map(found, source)
-    if scatter:
-        _save(scatter, workdir / 'map.png')
+    missing = _Missing()
+    rows, events = (
+        missing.without(name, lambda name=name: _rows(workdir / name), [])
+        for name in ('metrics.jsonl', 'events.jsonl')
+    )
+    summary, config = (
+        missing.without(name, lambda name=name: _read(workdir / name), {})
+        for name in ('summary.json', 'config.json')
+    )
+    about = missing.without('what config.json says', lambda: _about(config), {})
+    summary = _numbers(summary)
+    scatter = missing.without('the map', lambda: _map(found, source))
+    missing.without('map.png', lambda: _save(scatter, workdir / 'map.png'))
     sections = [
-        _curves(rows, events, config),
-        _prototypes(found, source),
-        _mapped(scatter, found),
-        _retrieval(found, source),
-        _crops(crops),
-        _settings(config),
+        missing.without(name, make, '')
+        for name, make in (
+            ('the curves', lambda: _curves(rows, events, about)),
+            ('the prototypes', lambda: _prototypes(found, source)),
+            ('the map', lambda: _mapped(scatter, found)),
+            ('the neighbours', lambda: _retrieval(found, source)),
+            ('the crops', lambda: _crops(crops)),
+            ('the settings', lambda: _settings(config)),
+        )
     ]
     template = string.Template(
-        resources.files('swav_jax.evaluate').joinpath('report.html').read_text()
+        resources.files('swav_jax.evaluate').joinpath('report.html').read_text(encoding='utf-8')
     )
     page = template.substitute(
-        title=escape(workdir.resolve().name),
-        subtitle=escape(_subtitle(config, summary, len(found))),
+        title=_text(workdir.resolve().name),
+        subtitle=_text(_subtitle(about, summary, found)),
         tiles=''.join(_tile(*tile) for tile in _tiles(summary)),
         sections='\n'.join(sections),
         footer=f'swav_jax {escape(swav_jax.__version__)}',
     )
     with atomic.replacing(workdir / 'report.html') as path:
-        path.write_text(page)
+        path.write_text(page, encoding='utf-8')
+    return list(missing)
+
+
+def _text(text: object) -> str:
+    """Text, of the data or the user, as a part of a page."""
+    return escape(printable(text))
 
 
 def write_tensorboard(workdir: Path, found: Features, source: Source, step: int) -> None:
     """Add the prototypes' images and a projector of embeddings to the run's TensorBoard."""
+    if (workdir / 'tensorboard' / f'{step:05}').exists():  # by an earlier call
+        return
     # A square of thumbnails: tensorboardX leaves the rest of one unset.
     chosen = _some(found, math.isqrt(min(MAPPED, np.count_nonzero(found.readable))) ** 2)
-    if (workdir / 'tensorboard' / f'{step:05}').exists():  # by an earlier call
+    if not len(chosen) or found.embeddings is None:
         return
     with SummaryWriter(str(workdir / 'tensorboard')) as writer:
         for place, item in enumerate(gallery.prototypes(found, source, most=30, images=10)):
@@ -140,7 +186,7 @@ def write_tensorboard(workdir: Path, found: Features, source: Source, step: int)
 
 
 def _caption(found: Features, source: Source, index: int) -> str:
-    text = source.name(index)
+    text = printable(source.name(int(index)))
     if found.labels is not None:
         text = f'{gallery.class_name(source, found.labels[index])} {text}'
     return ' '.join(text.split())
@@ -156,24 +202,35 @@ def _some(found: Features, count: int) -> np.ndarray:
 # Sections of the page
 
 
-def _subtitle(config: Mapping[str, Any], summary: Mapping[str, Any], looked_at: int) -> str:
-    parts = []
-    if config:
-        trunk, data = config['model']['trunk'], config['data']
-        crops = zip(data['num_crops'], data['size_crops'], strict=True)
-        parts.append(
-            f'{trunk["name"]}, depth {trunk["depth"]}'
-            if trunk['name'] == 'resnet'
-            else trunk['name']
-        )
-        parts.append(f'trained on {data["source"]}')
-        parts.append('crops ' + ' + '.join(f'{n}×{size}' for n, size in crops))
+def _about(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json, if there is one, says of the run, and where its curves would like to be."""
+    if not config:
+        return {}
+    trunk, data, head = config['model']['trunk'], config['data'], config['model']['head']
+    is_resnet = trunk['name'] == 'resnet'
+    crops = zip(data['num_crops'], data['size_crops'], strict=True)
+    return {
+        'run': [
+            f'{trunk["name"]}, depth {trunk["depth"]}' if is_resnet else str(trunk['name']),
+            f'trained on {data["source"]}',
+            'crops ' + ' + '.join(f'{n}×{size}' for n, size in crops),
+        ],
+        'active_prototypes': (float(head['num_clusters'][0]), 'all'),
+        'embedding_std': (1 / math.sqrt(head['dims'][-1]), 'in all directions'),
+    }
+
+
+def _subtitle(about: Mapping[str, Any], summary: Mapping[str, float], found: Features) -> str:
+    parts = list(about.get('run', ()))
     if summary.get('epochs'):
         parts.append(f'{summary["epochs"]:g} epochs')
-    return '; '.join([*parts, f'shown with {looked_at:,} images']) + '.'
+    seen = np.count_nonzero(found.readable)
+    bad = len(found) - seen
+    unread = f', {bad:,} more cannot be read' if bad else ''
+    return '; '.join([*parts, f'shown with {seen:,} images{unread}']) + '.'
 
 
-def _tiles(summary: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+def _tiles(summary: Mapping[str, float]) -> Iterable[tuple[str, str]]:
     """Values and what they are."""
     if 'knn_top1' in summary:
         before = summary.get('knn_top1_untrained')
@@ -181,15 +238,16 @@ def _tiles(summary: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield f'{summary["knn_top1"]:.1f}%', f'kNN top-1{note}'
     if 'nmi' in summary:
         yield f'{summary["nmi"]:.3f}', 'NMI of prototypes and labels'
-    if summary.get('loss_last') is not None:
-        share = summary['loss_last_over_ln_k']
-        yield f'{summary["loss_last"]:.2f}', f'loss, {share:.0%} of ln K'
+    if 'loss_last' in summary:
+        share = summary.get('loss_last_over_ln_k')
+        note = '' if share is None else f', {share:.0%} of ln K'
+        yield f'{summary["loss_last"]:.2f}', f'loss{note}'
     if summary.get('images_per_second'):
         yield f'{summary["images_per_second"]:,.0f}', 'images a second'
     if 'data_wait_share' in summary:
         yield f'{summary["data_wait_share"]:.0%}', 'of the time waiting for data'
     if 'steps' in summary:
-        yield f'{summary["steps"]:,}', 'steps'
+        yield f'{summary["steps"]:,.0f}', 'steps'
 
 
 def _tile(value: str, text: str) -> str:
@@ -200,16 +258,11 @@ def _section(title: str, text: str, body: str) -> str:
     return f'<h2>{escape(title)}</h2>\n<p>{escape(text)}</p>\n{body}'
 
 
-def _curves(rows: Sequence[Mapping], events: Sequence[Mapping], config: Mapping[str, Any]) -> str:
-    rows = [row for row in rows if row.get('loss') is not None]
+def _curves(rows: figures.Rows, events: figures.Rows, about: Mapping[str, Any]) -> str:
+    rows = [row for row in rows if 'loss' in row]
     if not rows:
         return ''
-    ln_k = figures.ln_k(rows)
-    references = {'loss': (ln_k, 'ln K'), 'code_entropy': (ln_k, 'ln K')}
-    if config:
-        head = config['model']['head']
-        references['active_prototypes'] = (head['num_clusters'][0], 'all')
-        references['embedding_std'] = (1 / math.sqrt(head['dims'][-1]), 'in all directions')
+    references = dict.fromkeys(('loss', 'code_entropy'), (figures.ln_k(rows), 'ln K')) | about
     learned = [
         {name.removesuffix('_untrained'): value for name, value in row.items()} for row in events
     ]
@@ -231,7 +284,7 @@ def _curves(rows: Sequence[Mapping], events: Sequence[Mapping], config: Mapping[
 
 
 def _prototypes(found: Features, source: Source) -> str:
-    if not found.scores:
+    if not found.scores or not found.readable.any():
         return ''
     cards = []
     for item in gallery.prototypes(found, source, most=30, images=8):
@@ -242,11 +295,11 @@ def _prototypes(found: Features, source: Source) -> str:
             f'<span>prototype {item["prototype"]}</span></div>'
             f'<div class="strip">{"".join(_thumb(source, i) for i in item["nearest"])}</div></div>'
         )
-    used = np.count_nonzero(clusters.sizes(clusters.assign(found.scores[0]), 1))
     return _section(
         'Prototypes',
-        f'{used} of {found.scores[0].shape[1]} prototypes are the nearest one of some image. The '
-        'largest, each with the images that are nearest to it; nobody told the network the names.',
+        f'{gallery.used(found)} of {found.scores[0].shape[1]} prototypes are the nearest one of '
+        'some image. The largest, each with the images that are nearest to it; nobody told the '
+        'network the names.',
         f'<div class="cards">{"".join(cards)}</div>',
     )
 
@@ -256,16 +309,21 @@ def _map(found: Features, source: Source) -> Figure | None:
     if found.embeddings is None or len(chosen) < 4:
         return None
     points = tsne.embed(found.embeddings[chosen])
-    if found.labels is not None and found.labels.max() < 20:
+    if _few_classes(found):
         names = [gallery.class_name(source, i) for i in range(found.labels.max() + 1)]
         return figures.point_map(points, found.labels[chosen], names)
     return figures.point_map(points, clusters.assign(found.scores[0][chosen]), None)
 
 
+def _few_classes(found: Features) -> bool:
+    """Whether each class can have a colour of its own."""
+    return found.labels is not None and found.labels.max() < 20
+
+
 def _mapped(scatter: Figure | None, found: Features) -> str:
     if scatter is None:
         return ''
-    by = 'class' if found.labels is not None and found.labels.max() < 20 else 'prototype'
+    by = 'class' if _few_classes(found) else 'prototype'
     return _section(
         'Map of the embeddings',
         f'{len(_some(found, MAPPED)):,} images, by t-SNE: near each other where their embeddings '
@@ -279,10 +337,12 @@ def _retrieval(found: Features, source: Source) -> str:
     for query, nearest in gallery.neighbors(found, queries=10, images=8):
         images = [_thumb(source, query, 'query')]
         for index in nearest:
-            known = found.labels is not None
-            other = known and found.labels[index] != found.labels[query]
+            labels = [] if found.labels is None else found.labels[[query, index]]
+            other = len(set(labels)) == 2 and min(labels) >= 0
             images.append(_thumb(source, index, 'thumb other' if other else 'thumb'))
         lines.append(f'<div class="card"><div class="strip">{"".join(images)}</div></div>')
+    if not lines:
+        return ''
     note = ' Those of another class are faded.' if found.labels is not None else ''
     return _section(
         'Nearest neighbours',
@@ -313,7 +373,7 @@ def _settings(config: Mapping[str, Any]) -> str:
     if not config:
         return ''
     lines = ''.join(
-        f'<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>' for name, value in _flat(config)
+        f'<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>' for name, value in _flat(config)
     )
     table = f'<details><summary>All settings</summary><table>{lines}</table></details>'
     return f'<h2>Settings</h2>\n{table}'
@@ -329,22 +389,43 @@ def _flat(config: Mapping[str, Any], prefix: str = 'config') -> Iterable[tuple[s
 
 def _thumb(source: Source, index: int, kind: str = 'thumb') -> str:
     uri = gallery.data_uri(gallery.thumbnail(source, int(index)))
-    return f'<img class="{kind}" src="{uri}" alt="{escape(source.name(int(index)))}">'
+    return f'<img class="{kind}" src="{uri}" alt="{_text(source.name(int(index)))}">'
 
 
 def _svg(figure: Figure) -> str:
     file = io.BytesIO()
-    figure.savefig(file, format='svg', metadata={'Date': None})
+    figures.write(figure, file, format='svg', metadata={'Date': None})
     return f'data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
-def _save(figure: Figure, path: Path) -> None:
+def _save(figure: Figure | None, path: Path) -> None:
+    """Write a figure; where there is none, no older one stays to be taken for it."""
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return
     with atomic.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format='png')
+        figures.write(figure, temporary, dpi=120, format='png')
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    if not isinstance(found, dict):
+        raise ValueError('it is damaged')
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    """The finite numbers of each row of a .jsonl file; what is damaged has none."""
+    return [_numbers(row) for row in read_rows(path) if isinstance(row, Mapping)]
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The values of a row that are numbers, and of a size that can be drawn."""
+    return {
+        name: value
+        for name, value in row.items()
+        if type(value) in (int, float) and abs(value) < 1e100  # false of NaN, too
+    }
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -354,10 +435,13 @@ def main(arguments: argparse.Namespace) -> None:
     shown = arguments.source or config.evaluate.test_source
     limit = arguments.limit or (0 if shown else PICTURED)
     source = model.open(shown or config.data.source, limit)
+    labelled.say(source.notes)
     found = model.extract(source, progress=True)
+    labelled.say(check(found, source, config))
     train = model.open(config.data.source, config.data.limit)
-    write_all(model.workdir, found, source, train, config, model.step)
-    print(f'written to {model.workdir / "report.html"}')
+    if not write_all(model.workdir, found, source, train, config, model.step):
+        raise UserError(f'{printable(model.workdir)}/report.html is not written')
+    print(f'written to {printable(model.workdir / "report.html")}')
 
 
 if __name__ == '__main__':

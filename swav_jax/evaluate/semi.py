@@ -21,7 +21,7 @@ import numpy as np
 
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate import command, linear
+from swav_jax.evaluate import command, labelled, linear
 from swav_jax.evaluate.classifier import Recipe
 
 PRESETS = {
@@ -31,10 +31,14 @@ PRESETS = {
 
 
 def take_share(source: Source, share: float) -> Source:
-    """A share of labelled images, as evenly from each class as it goes; at least one image."""
-    count = max(round(share * len(source)), 1)
-    by_class = np.argsort(source.labels, kind='stable')
-    return source.take(by_class[np.arange(count) * len(source) // count])
+    """A share of labelled images, as evenly from each class as it goes; at least one image.
+
+    Images whose label is not known (-1) are none of them.
+    """
+    known = np.flatnonzero(source.labels >= 0)
+    count = max(round(share * len(known)), 1)
+    by_class = known[np.argsort(source.labels[known], kind='stable')]
+    return source.take(by_class[np.arange(count) * len(known) // count])
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -42,9 +46,17 @@ def main(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.share <= 1:
         raise UserError(f'--share={arguments.share} must be above 0 and at most 1')
     model = command.load(arguments)
-    train, test = command.open_labelled(model, arguments)
+    train, test = labelled.open_pair(model, arguments)
     train = take_share(train, arguments.share)
-    print(f'{len(train):,} labelled images of {len(np.unique(train.labels))} classes')
+    seen, classes = len(np.unique(train.labels)), len(train.class_names)
+    print(f'{len(train):,} labelled images of {seen} classes')
+    if seen < classes:
+        labelled.say(
+            [
+                f'--share={arguments.share} leaves {classes - seen} of {classes} classes without '
+                'an image to learn from: test images of these count as wrong'
+            ]
+        )
     preset = arguments.preset or ('1' if arguments.share < 0.05 else '10')
     linear.train_and_test(arguments, 'semi', PRESETS[preset], model, train, test)
 
