@@ -120,6 +120,7 @@ def load_weights(path: str | Path, config: ConfigDict) -> Model:
     Raises:
       UserError: the file cannot be read, or is of another network.
     """
+    settings.validate(config, needs_source=False)
     net = _build(config)
     crops = [np.zeros((2, config.evaluate.size, config.evaluate.size, config.data.channels))]
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), crops, train=True))
