@@ -2,16 +2,18 @@
 
 Settings carry VISSL's names where VISSL has one (config/defaults.yaml). A config file calls
 `default()`, changes what its recipe changes, and returns it; `validate` refuses what cannot work
-before anything is compiled.
+before anything is compiled. A setting has the type of its default, and its range in
+swav_jax/validation.py.
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from swav_jax import validation
 from swav_jax.errors import UserError
 
 
@@ -93,8 +95,8 @@ def default() -> ConfigDict:
     config.loss.queue.start_iter = 0
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = 'sgd'
-    config.optimizer.use_larc = True
+    config.optimizer.name = 'sgd'  # 'lars': optax.lars, with larc_config's numbers
+    config.optimizer.use_larc = True  # with 'sgd'; 'lars' scales each layer in any case
     config.optimizer.larc_config = ConfigDict()
     config.optimizer.larc_config.clip = False
     config.optimizer.larc_config.trust_coefficient = 0.001
@@ -189,7 +191,8 @@ def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:
     """The numbers of a run.
 
     Raises:
-      UserError: the data does not fill a batch, or the queue does not hold one.
+      UserError: the data does not fill a batch, the queue does not hold one, or there are more
+        steps than can be counted.
     """
     per_replica = config.data.batchsize_per_replica
     batch_size = per_replica * num_replicas
@@ -206,7 +209,14 @@ def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:
             f'{batch_size}: use a multiple of it, or 0 for no queue'
         )
     steps_per_epoch = num_images // batch_size
-    total_steps = steps_per_epoch * config.optimizer.num_epochs
+    epochs = config.optimizer.num_epochs
+    total_steps = steps_per_epoch * epochs
+    if total_steps > validation.MOST_STEPS:
+        raise UserError(
+            f'config.optimizer.num_epochs={epochs} of {steps_per_epoch:,} steps are '
+            f'{total_steps:,} steps: use at most {validation.MOST_STEPS // steps_per_epoch:,}, '
+            'since steps are counted in int32'
+        )
     return Sizes(
         num_images=num_images,
         num_replicas=num_replicas,
@@ -222,134 +232,22 @@ def _limit_note(config: ConfigDict) -> str:
     return f' (config.data.limit={config.data.limit})' if config.data.limit else ''
 
 
-def validate(config: ConfigDict) -> None:
-    """Check every setting that can be checked by itself.
+def validate(config: ConfigDict, *, needs_source: bool = True) -> None:
+    """Check every setting that can be checked without images, devices and networks.
+
+    Args:
+      config: anything; what is not made as `default()` makes it is refused, too.
+      needs_source: whether `config.data.source` has to name images.
 
     Raises:
       UserError: naming the first setting that cannot work, its value and what is allowed.
     """
-    for path in (
-        'loss.temperature',
-        'loss.epsilon',
-        'evaluate.temperature',
-        'optimizer.larc_config.trust_coefficient',
-        'augment.blur_radius_min',
-        'augment.blur_radius_max',
-    ):
-        _check(config, path, lambda x: 0 < x < math.inf, 'a number above 0')
-    for path in (
-        'optimizer.weight_decay',
-        'optimizer.larc_config.eps',
-        'loss.shk_powerlaw',
-        'augment.brightness',
-        'augment.contrast',
-        'augment.saturation',
-        'checkpoint.every_minutes',
-    ):
-        _check(config, path, lambda x: 0 <= x < math.inf, 'a number of 0 or more')
-    for path in (
-        'data.batchsize_per_replica',
-        'data.canvas_size',
-        'data.channels',
-        'loss.num_iters',
-        'optimizer.num_epochs',
-        'train.log_every_steps',
-        'train.collapse_patience',
-        'checkpoint.keep',
-        'evaluate.k',
-        'evaluate.size',
-        'evaluate.batch_size',
-    ):
-        _check(config, path, lambda x: x >= 1, '1 or more')
-    for path in (
-        'seed',
-        'data.limit',
-        'loss.queue.queue_length',
-        'loss.queue.start_iter',
-        'loss.temp_hard_assignment_iters',
-        'train.max_steps',
-        'train.max_nan_skips',
-        'checkpoint.every_epochs',
-        'checkpoint.every_steps',
-        'checkpoint.keep_every_epochs',
-        'evaluate.every_epochs',
-    ):
-        _check(config, path, lambda x: x >= 0, '0 or more')
-    for path in (
-        'augment.flip_p',
-        'augment.color_jitter_p',
-        'augment.grayscale_p',
-        'augment.blur_p',
-        'data.max_bad_fraction',
-    ):
-        _check(config, path, lambda x: 0 <= x <= 1, 'from 0 to 1')
-    _check(config, 'augment.hue', lambda x: 0 <= x <= 0.5, 'from 0 to 0.5')
-    _check(config, 'optimizer.momentum', lambda x: 0 <= x < 1, 'from 0 to below 1')
-    _check(
-        config,
-        'evaluate.size',
-        lambda x: x <= config.evaluate.resize,
-        f'at most config.evaluate.resize={config.evaluate.resize}: a crop lies inside of its image',
-    )
-    _check(config, 'precision', _is_one_of('float32', 'bfloat16', 'float16', 'float64'))
-    _check(config, 'sharding', _is_one_of('replicated', 'zero'))
-    _check(config, 'model.remat', _is_one_of('none', 'block', 'stage'))
-    _check(config, 'optimizer.name', _is_one_of('sgd', 'lars'))
-    _check(config, 'train.on_nan', _is_one_of('stop', 'skip'))
-    _check(config, 'train.on_collapse', _is_one_of('warn', 'stop'))
-    _validate_crops(config)
-    _validate_normalisation(config)
-    _check(
-        config, 'model.head.num_clusters', lambda x: x and min(x) > 1, 'one number above 1 per head'
-    )
+    validation.check(config, _default_once(), needs_source=needs_source)
 
 
-def _validate_crops(config: ConfigDict) -> None:
-    groups = len(config.data.num_crops)
-    positive = f'{groups} numbers of 1 or more, one per group of crops'
-    _check(config, 'data.num_crops', lambda x: x and min(x) >= 1, 'at least one number above 0')
-    _check(config, 'data.size_crops', lambda x: len(x) == groups and min(x) >= 1, positive)
-    _check(
-        config,
-        'data.crop_scales',
-        lambda x: len(x) == groups and all(len(s) == 2 and 0 < s[0] <= s[1] <= 1 for s in x),
-        f'{groups} pairs (least, most) of shares of the area, above 0 and at most 1',
-    )
-    total = sum(config.data.num_crops)
-    if total < 2:
-        raise UserError(
-            f'config.data.num_crops={config.data.num_crops} makes one crop: SwAV predicts codes '
-            'of a crop from another one, use at least 2'
-        )
-    _check(
-        config,
-        'loss.crops_for_assign',
-        lambda x: x and len(set(x)) == len(x) and min(x) >= 0 and max(x) < total,
-        f'different indices of the {total} crops, from 0 to {total - 1}, at least one',
-    )
-
-
-def _validate_normalisation(config: ConfigDict) -> None:
-    channels = config.data.channels
-    count = f'{channels} numbers, one per channel (config.data.channels={channels})'
-    _check(config, 'data.mean', lambda x: len(x) == channels, count)
-    _check(config, 'data.std', lambda x: len(x) == channels and min(x) > 0, f'{count}, above 0')
-
-
-def _is_one_of(*choices: str) -> Any:
-    def check(value):
-        return value in choices
-
-    check.allowed = 'one of ' + ', '.join(choices)
-    return check
-
-
-def _check(config: ConfigDict, path: str, holds: Any, allowed: str = '') -> None:
-    value = config
-    for name in path.split('.'):
-        value = value[name]
-    if not holds(value):
-        raise UserError(f'config.{path}={value!r}: must be {allowed or holds.allowed}')
+@functools.cache
+def _default_once() -> ConfigDict:
+    return default()
 
 
 def to_dict(config: ConfigDict | Sequence | Any) -> Any:

@@ -5,6 +5,7 @@ What a user can mend is one line that names the setting, its value, what is allo
 
 import errno
 import os
+from typing import Any
 
 from swav_jax.printable import printable
 
@@ -17,6 +18,8 @@ _REMEDIES = {
     errno.EPERM: 'allow it, or name another place',
     errno.EROFS: 'name another place',
 }
+
+LONGEST = 200  # characters of a value in a line
 
 
 class RunFailedError(Exception):
@@ -46,3 +49,18 @@ def os_error_line(error: OSError) -> str:
     reason = error.strerror or str(error) or type(error).__name__
     parts = [paths, printable(' '.join(str(reason).split())), _REMEDIES.get(error.errno)]
     return ': '.join(filter(None, parts))
+
+
+def refusal(name: str, value: Any, allowed: str) -> UserError:
+    """The line that a setting must be something else, as `config.seed=-1: must be 0 or more`."""
+    return UserError(f'{name}={show(value)}: must be {allowed}')
+
+
+def show(value: Any) -> str:
+    """A value on one line of bounded length, whatever it is."""
+    try:
+        text = ' '.join(repr(value).split())
+    except Exception as error:  # an int of thousands of digits, or a class of the user's
+        text = f'<{type(value).__name__}: {type(error).__name__}>'
+    text = printable(text)
+    return text if len(text) <= LONGEST else f'{text[:LONGEST]}…'

@@ -16,6 +16,7 @@ from pathlib import Path
 from swav_jax import cli, torch_weights
 from swav_jax.checkpoint import Checkpoints
 from swav_jax.errors import UserError
+from swav_jax.printable import printable
 from swav_jax.torch_layouts import LAYOUTS
 
 
@@ -40,16 +41,18 @@ def export(
     Raises:
       UserError: there is no such checkpoint, or `out` cannot be written.
     """
-    folder = Path(workdir) / 'checkpoints'
+    folder = Path(workdir).expanduser() / 'checkpoints'
     if not folder.is_dir():
-        raise UserError(f'--workdir={workdir} is not the folder of a run: it has no checkpoints/')
+        raise UserError(
+            f'--workdir={printable(workdir)} is not the folder of a run: it has no checkpoints/'
+        )
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         step, variables, metadata = checkpoints.read(('params', 'batch_stats'), step)
     activation = metadata['config']['model']['head']['activation_name'].lower() != 'none'
     state = torch_weights.to_torch(**variables, layout=layout, activation=activation)
     torch_weights.write(out, state, file_format)
     content = 'the trunk' if layout == 'torchvision' else 'trunk, head and prototypes'
-    return f'{out}: {content} of step {step}, {len(state)} tensors, layout {layout}'
+    return f'{printable(out)}: {content} of step {step}, {len(state)} tensors, layout {layout}'
 
 
 def main(argv: Sequence[str] | None = None) -> int:

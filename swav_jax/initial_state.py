@@ -13,6 +13,7 @@ from swav_jax import mesh as meshes
 from swav_jax import models, optim, swav, torch_weights
 from swav_jax.errors import UserError
 from swav_jax.precision import COMPUTE_DTYPES, LossScale
+from swav_jax.schedule_checks import check_schedule
 from swav_jax.state import Layout, TrainState
 
 
@@ -20,17 +21,16 @@ def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
     """The learning rate as a function of the step.
 
     Raises:
-      UserError: the schedule is not known or its pieces do not fit.
+      UserError: a part of the schedule cannot work.
     """
-    try:
-        return optim.learning_rate(
-            config.optimizer.param_schedulers.lr,
-            batch_size=sizes.batch_size,
-            total_steps=sizes.total_steps,
-            steps_per_epoch=sizes.steps_per_epoch,
-        )
-    except (ValueError, KeyError) as error:
-        raise UserError(f'config.optimizer.param_schedulers.lr: {error}') from error
+    lr = config.optimizer.param_schedulers.lr
+    check_schedule(lr, 'config.optimizer.param_schedulers.lr')
+    return optim.learning_rate(
+        lr,
+        batch_size=sizes.batch_size,
+        total_steps=sizes.total_steps,
+        steps_per_epoch=sizes.steps_per_epoch,
+    )
 
 
 def make_state(

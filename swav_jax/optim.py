@@ -164,7 +164,8 @@ def make_optimizer(
 
     Args:
       optimizer: `config.optimizer`: name (`sgd`, or `lars` for optax.lars), use_larc, larc_config,
-        weight_decay, momentum, nesterov, regularize_bn, regularize_bias.
+        weight_decay, momentum, nesterov, regularize_bn, regularize_bias. `lars` reads neither
+        use_larc nor larc_config.clip: see `unread`.
       learning_rate: a number or a function of the number of updates made.
       frozen_iters: see `freeze_first`.
       params: the parameters, or their shapes.
@@ -203,6 +204,22 @@ def make_optimizer(
         trace = optax.trace(momentum, nesterov=optimizer['nesterov'])
         tx = optax.chain(scale, trace, optax.scale_by_learning_rate(learning_rate))
     return freeze_first(tx, frozen_iters)
+
+
+def unread(optimizer: Any) -> list[str]:
+    """A line for each setting of `config.optimizer` that asks for what its `name` does not do."""
+    if optimizer['name'] != 'lars':
+        return []
+    ignored = {
+        'use_larc': optimizer['use_larc'],
+        'larc_config.clip': optimizer['larc_config']['clip'],
+    }
+    return [
+        f"config.optimizer.name='lars' scales each layer by itself and takes no notice of "
+        f'config.optimizer.{name}=True: set it to False, or use LARC, config.optimizer.name=sgd'
+        for name, wanted in ignored.items()
+        if wanted
+    ]
 
 
 def _rate_for_all(schedule, count):

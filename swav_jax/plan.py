@@ -1,6 +1,5 @@
 """`--plan`: what a run will take and what it will meet, before anything is spent."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from swav_jax.errors import UserError
 from swav_jax.initial_state import make_schedule, make_state
 from swav_jax.state import TrainState
 from swav_jax.step import make_train_step
+from swav_jax.train import check_float64
 
 IMAGENET = 1_281_167  # images of the training set
 # JPEGs of 500×375 that one core decodes onto a canvas of 512² in a second, with the boxes.
@@ -55,9 +55,8 @@ def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
     Raises:
       UserError: a setting cannot work.
     """
-    checked = copy.deepcopy(config)
-    checked.data.source = config.data.source or 'synthetic'  # a plan needs no images
-    settings.validate(checked)
+    settings.validate(config, needs_source=False)
+    check_float64(config)
     replicas = replicas or jax.device_count()
     num_images, said = count_images(config)
     local = min(replicas, DEVICES_PER_PROCESS)
@@ -207,16 +206,18 @@ def warn(config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule) ->
             f'the queue is full after step {full:,}, the run ends after {sizes.last_step:,}: lower '
             'config.loss.queue.start_iter or queue_length'
         )
+    yield from optim.unread(config.optimizer)
     lr = config.optimizer.param_schedulers.lr
-    if lr.name == 'composite' and lr.schedulers[0].name == 'linear':
-        end = max(int(lr.lengths[0] * sizes.total_steps), 1)
-        if float(schedule(0)) >= float(schedule(end)):
+    if lr['name'] == 'composite' and lr['schedulers'][0]['name'] == 'linear':
+        steps = lr['lengths'][0] * sizes.total_steps
+        start, peak = float(schedule(0)), float(schedule(max(int(steps), 1)))
+        if start >= peak:
             yield (
-                f'the warm-up does not climb: it begins at {float(schedule(0)):.3g}, the peak for '
-                f'{batch:,} images is {float(schedule(end)):.3g}: lower start_value in '
+                f'the warm-up does not climb: it begins at {start:.3g}, the peak for '
+                f'{batch:,} images is {peak:.3g}: lower start_value in '
                 'config.optimizer.param_schedulers.lr.schedulers'
             )
-        if lr.lengths[0] * sizes.total_steps < 1:
+        if steps < 1:
             yield 'the warm-up is shorter than a step: lengthen it or train for more epochs'
 
 

@@ -6,7 +6,7 @@ and plain data are unpickled.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from swav_jax import atomic
 from swav_jax.errors import UserError
+from swav_jax.printable import printable
 from swav_jax.torch_layouts import (
     LAYOUTS,
     VISSL,
@@ -34,8 +35,12 @@ from swav_jax.torch_layouts import (
 FORMATS = ('pth', 'safetensors')
 
 # What stands before the model's own names in a checkpoint. Where one is found, all names without
-# it are those of optimizers and the like.
-_WRAPPERS = (VISSL, 'base_model.model.', 'state_dict.', 'model.', 'module.')
+# it are those of optimizers and the like. Any other prefix that holds a trunk is found by _TRUNK.
+_WRAPPERS = (VISSL, 'base_model.model.', 'state_dict.', 'model.', 'module.', '_orig_mod.')
+_COMPILED = re.compile(r'(^|(?<=\.))_orig_mod\.')  # torch.compile puts it before what it compiled
+_TRUNK = re.compile(
+    r'((?:[^.]+\.)*?)(?:trunk\.)?(?:_feature_blocks\.)?(?:layer\d+\.\d+|trunk_output|res\d+)\.'
+)
 _NUMPY = (
     *(f'numpy.{core}.multiarray.scalar' for core in ('core', '_core')),
     *(f'numpy.{core}.multiarray._reconstruct' for core in ('core', '_core')),
@@ -89,7 +94,8 @@ def load_into(
       allow_partial: load what fits of a file that is not of this trunk.
 
     Raises:
-      UserError: the file cannot be read, is not of this trunk, or nothing of it fits.
+      UserError: the file cannot be read, is not of this trunk, nothing of it fits, or a tensor
+        that fits holds something other than finite real numbers.
     """
     found = read(path)
     tensors = flatten(params, batch_stats)
@@ -104,6 +110,7 @@ def load_into(
             continue
         needed = to_torch_axes(key, np.empty(value.shape, np.bool_)).shape
         if found[name].shape == needed:
+            _check_numbers(path, name, found[name], value.dtype)
             loaded[key] = from_torch_axes(key, found[name]).astype(value.dtype)
         else:
             problems['misshapen'].append(f'{name} {found[name].shape} instead of {needed}')
@@ -122,23 +129,89 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
     Args:
       path: a `.safetensors` file, what torch.save wrote, or the folder of a run, of which the
-        newest checkpoint is read.
+        newest checkpoint is read. Of a file with several models `FILE:student` names one by what
+        its tensors' names begin with.
 
     Raises:
       UserError: there is no such file, it is damaged, it holds more than tensors and plain data
-        (which is not unpickled), or it holds no tensors.
+        (which is not unpickled), it holds no tensors, or several trunks.
     """
-    path = Path(path)
+    path, part = _file_and_part(path)
     if path.is_dir():
         return _read_run(path)
-    if not path.is_file():
-        raise UserError(f'{path} does not exist: give PyTorch weights or the folder of a run')
     tensors = _read_file(path, _torch())
-    while prefix := next((p for p in _WRAPPERS if any(n.startswith(p) for n in tensors)), None):
-        tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     if not tensors:
-        raise UserError(f'{path} holds no tensors: give a state dict as torch.save writes it')
-    return {inner_name(name): value for name, value in tensors.items()}
+        raise UserError(
+            f'{printable(path)} holds no tensors: give a state dict as torch.save writes it'
+        )
+    if part:
+        tensors = _of_part(path, part, tensors)
+    return {inner_name(name): value for name, value in unwrapped(tensors, path).items()}
+
+
+def unwrapped(tensors: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """A model's tensors without what stands before all of their names; `path` is for the line.
+
+    Raises:
+      UserError: several trunks have a name before theirs.
+    """
+    tensors = dict(tensors)
+    while prefix := next((p for p in _WRAPPERS if any(n.startswith(p) for n in tensors)), None):
+        tensors = _without(prefix, tensors)
+    tensors = {_COMPILED.sub('', name): value for name, value in tensors.items()}
+    found = {match[1] for name in tensors if (match := _TRUNK.match(name))}
+    if len(found) > 1 and '' not in found:
+        raise UserError(
+            f'{printable(path)} holds several trunks, {_listed(found)}: name one, as '
+            f'{printable(path)}:{printable(min(found).removesuffix("."))}'
+        )
+    return _without(*found, tensors) if len(found) == 1 else tensors
+
+
+def _file_and_part(path: str | Path) -> tuple[Path, str]:
+    """What is there of FILE or FILE:PART, and PART."""
+    try:
+        given = Path(path).expanduser()
+        if given.is_dir() or given.is_file():
+            return given, ''
+        file, _, part = str(given).rpartition(':')
+        if file and part and Path(file).is_file():
+            return Path(file), part
+        there = given.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, too long, no such user
+        raise _unreadable(path, error) from error
+    what = 'is neither a file nor a folder' if there else 'does not exist'
+    raise UserError(f'{printable(path)} {what}: give PyTorch weights or the folder of a run')
+
+
+def _of_part(path: Path, part: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors whose names have `part` as a run of whole names, from there on."""
+    place = re.compile(rf'(?:[^.]+\.)*?{re.escape(part)}\.')
+    found = {n[m.end() :]: t for n, t in tensors.items() if (m := place.match(n))}
+    if not found:
+        begin = {name.partition('.')[0] for name in tensors}
+        raise UserError(
+            f'{printable(path)} has no tensors of {printable(part)!r}; their names begin with '
+            f'{_listed(begin)}'
+        )
+    return found
+
+
+def _without(prefix: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(printable(name) for name in names)
+    return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
+
+
+def _unreadable(path: str | Path, error: Exception) -> UserError:
+    reason = getattr(error, 'strerror', None) or str(error)
+    return UserError(
+        f'{printable(path)} cannot be read ({printable(reason)}): give PyTorch weights or the '
+        'folder of a run'
+    )
 
 
 def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 'pth') -> None:
@@ -151,10 +224,12 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
     """
     if file_format not in FORMATS:
         raise UserError(f'format is {file_format!r}: choose one of {", ".join(FORMATS)}')
-    path = Path(path)
     torch = _torch()
     tensors = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
     try:
+        path = Path(path).expanduser()
+        if path.exists() and not path.is_file():  # a folder, or a device that would be replaced
+            raise UserError(f'{printable(path)} cannot be written (not a file): give another --out')
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as temporary:
             if file_format == 'safetensors':
@@ -164,8 +239,10 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
             else:
                 torch.save(_nested(tensors), temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = str(error).partition('\n')[0]
-        raise UserError(f'{path} cannot be written ({reason}): give another --out') from error
+        reason = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
+        raise UserError(
+            f'{printable(path)} cannot be written ({printable(reason)}): give another --out'
+        ) from error
 
 
 # Files
@@ -174,6 +251,11 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
 def _read_run(workdir: Path) -> dict[str, np.ndarray]:
     from swav_jax.checkpoint import Checkpoints
 
+    if not (workdir / 'checkpoints').is_dir():
+        raise UserError(
+            f'{printable(workdir)} is a folder without checkpoints: give PyTorch weights or the '
+            'folder of a run'
+        )
     with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:
         _, variables, _ = checkpoints.read(('params', 'batch_stats'))
     tensors = flatten(**variables)
@@ -200,6 +282,9 @@ def _read_file(path: Path, torch: Any) -> dict[str, np.ndarray]:
     try:
         with path.open('rb') as file:
             is_safetensors = file.read(9).endswith(b'{')  # its header's length, then JSON
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
         if is_safetensors or path.suffix == '.safetensors':
             from safetensors.torch import load_file
 
@@ -210,12 +295,13 @@ def _read_file(path: Path, torch: Any) -> dict[str, np.ndarray]:
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         if 'unsupported global' in str(error).lower():
             raise UserError(
-                f'{path} holds Python objects, whose unpickling can run code, so nothing of it was '
-                'loaded: save its tensors alone, torch.save(model.state_dict(), …)'
+                f'{printable(path)} holds Python objects, whose unpickling can run code, so '
+                'nothing of it was loaded: save its tensors alone, '
+                'torch.save(model.state_dict(), …)'
             ) from error
-        reason = str(error).strip().partition('\n')[0][:100]
+        reason = printable(str(error).strip().partition('\n')[0][:100])
         raise UserError(
-            f'{path} is damaged or not of PyTorch ({reason}): fetch it again'
+            f'{printable(path)} is damaged or not of PyTorch ({reason}): fetch it again'
         ) from error
 
 
@@ -263,16 +349,31 @@ def _report(
     problems: Mapping[str, list[str]],
     left_out: list[str],
 ) -> None:
-    print(f'weights of {path}')
+    print(f'weights of {printable(path)}')
     for part in ('trunk', 'head'):
         covered, total = _coverage(tensors, loaded, part)
         kept = '' if covered == total else f'; {total - covered} keep the values they had'
         print(f'  {part}: {covered} of {total} tensors loaded{kept}')
     for kind, names in problems.items():
         for name in names:
-            print(f'  {kind}: {name}')
+            print(f'  {kind}: {printable(name)}')
     if left_out:
-        print(f'  left out, no part of this model: {", ".join(left_out)}')
+        print(f'  left out, no part of this model: {", ".join(map(printable, left_out))}')
+
+
+def _check_numbers(path: str | Path, name: str, value: np.ndarray, dtype: Any) -> None:
+    trouble = None
+    if value.dtype.kind != 'f':
+        trouble = f'holds {value.dtype} numbers'
+    elif not np.isfinite(value).all():
+        trouble = f'holds {np.sum(~np.isfinite(value)):,} values that are not finite'
+    elif (np.abs(value) > np.finfo(dtype).max).any():
+        trouble = f'holds numbers too large for {np.dtype(dtype)}'
+    if trouble:
+        raise UserError(
+            f'{printable(path)} cannot be used: its {printable(name)} {trouble}: give weights of '
+            'finite floating-point numbers'
+        )
 
 
 def _coverage(tensors: Mapping[Key, Any], loaded: Mapping[Key, Any], part: str) -> tuple[int, int]:
@@ -291,11 +392,11 @@ def _check_trunk(
     for kind, names in problems.items():
         if names := [name for name in names if not in_head(name)]:
             more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-            lists.append(f'{len(names)} {kind}: {", ".join(names[:3])}{more}')
+            lists.append(f'{len(names)} {kind}: {", ".join(map(printable, names[:3]))}{more}')
     covered, total = _coverage(tensors, loaded, 'trunk')
     if lists and not (covered and allow_partial):
         raise UserError(
-            f'{path} is not of this trunk, it fills {covered} of its {total} tensors ('
+            f'{printable(path)} is not of this trunk, it fills {covered} of its {total} tensors ('
             f'{"; ".join(lists)}): set config.model.trunk as it was when they were trained'
             + (', or config.init_allow_partial' if covered else '')
         )

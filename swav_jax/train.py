@@ -365,6 +365,8 @@ def introduce(
             f'images of config.data.channels={config.data.channels}: saturation, hue and grayscale '
             'are left out'
         )
+    for line in optim.unread(config.optimizer):
+        monitor.say(line)
     asked = config.loss.queue.queue_length
     if asked != sizes.queue_length:
         monitor.say(

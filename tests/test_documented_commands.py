@@ -119,7 +119,7 @@ def taken(program, words, monkeypatch):
         found = parse(self, argv)
         if not program.startswith('swav_jax.evaluate'):
             if config := cli.read_config(getattr(found, 'config', None), found.changes):
-                settings.validate(config)
+                settings.validate(config, needs_source=False)
             raise Reached
         return found
 
@@ -202,7 +202,7 @@ def test_documented_settings_load(monkeypatch):
     for document, line in sorted(found):
         spec, *flags = line.split()
         config = main.parse(['main', f'--config=configs/{spec}', *flags]).config
-        settings.validate(config)
+        settings.validate(config, needs_source=False)
         assert document and config.optimizer.num_epochs
 
 

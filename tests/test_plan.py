@@ -103,6 +103,18 @@ def test_slices_and_recomputing_show_in_the_memory():
             'the warm-up does not climb',
         ),
         ({'optimizer.param_schedulers.lr.lengths': (0.0001, 0.9999)}, 'shorter than a step'),
+        (
+            {
+                'optimizer.param_schedulers.lr.schedulers': [
+                    {'name': 'linear', 'start_value': 3, 'end_value': 1.6},
+                    {'name': 'cosine', 'start_value': 1.6, 'end_value': 0},
+                ]
+            },
+            'the warm-up does not climb',
+        ),
+        ({'optimizer.name': 'lars'}, None),
+        ({'optimizer.name': 'lars', 'optimizer.use_larc': True}, 'optimizer.use_larc=True: set it'),
+        ({'optimizer.name': 'lars', 'optimizer.larc_config.clip': True}, 'larc_config.clip=True'),
         ({'data.source': 'folder:/none'}, 'the plan takes 1,281,167 images'),
     ],
 )

@@ -3,6 +3,9 @@
 import itertools
 import os
 import pickle
+import re
+import resource
+import stat
 import subprocess
 import sys
 
@@ -179,6 +182,74 @@ def test_checkpoints_as_they_are_found(wrap, tmp_path):
     assert_same(loaded['batch_stats']['trunk'], variables['batch_stats']['trunk'])
 
 
+PREFIXES = (
+    'module.', '_orig_mod.', 'backbone.', 'encoder_q.', 'student.', 'encoder.', 'model.', 'net.',
+    'state_dict.', 'teacher.', 'online_network.',
+)  # fmt: skip
+
+
+def test_whatever_is_before_the_names_of_a_whole_trunk_is_found(tmp_path):
+    beside = dict.fromkeys(('queue', 'optimizer.0', 'epoch.loss'), torch.ones(2))
+    for settings in (SMALL, FAMILIES['regnet_y']):
+        for layout in ('torchvision', 'swav', 'vissl'):
+            state = to_torch(random_variables(model_config(settings, SMALL_HEAD)), layout)
+            names = torch_weights.unwrapped(state, '').keys()
+            for prefix in itertools.chain(
+                PREFIXES, map(''.join, itertools.permutations(PREFIXES, 2))
+            ):
+                wrapped = beside | {f'{prefix}{name}': 0 for name in state}
+                assert torch_weights.unwrapped(wrapped, '').keys() == names, (layout, prefix)
+            inside = {re.sub(r'(layer\d+|trunk_output)\.', r'\1._orig_mod.', n): 0 for n in state}
+            assert torch_weights.unwrapped(inside, '').keys() == names
+    variables = random_variables(model_config(SMALL))
+    state = {n: torch.from_numpy(v) for n, v in to_torch(variables, 'torchvision').items()}
+    state = {f'module._orig_mod.encoder_q.{name}': tensor for name, tensor in state.items()}
+    torch.save({'state_dict': state | beside, 'optimizer': beside}, tmp_path / 'a.pth')
+    loaded = load(zeros(variables), tmp_path / 'a.pth')
+    assert_same(loaded['params']['trunk'], variables['params']['trunk'])
+
+
+def test_of_several_models_in_a_file_one_is_named(tmp_path):
+    variables = [random_variables(model_config(SMALL), seed) for seed in (0, 1)]
+    student, teacher = (
+        {name: torch.from_numpy(value) for name, value in to_torch(v, 'torchvision').items()}
+        for v in variables
+    )
+    content = {
+        'student': {f'module.backbone.{name}': value for name, value in student.items()},
+        'teacher': {f'backbone.{name}': value for name, value in teacher.items()},
+    }
+    torch.save({'state_dict': content}, tmp_path / 'a.pth')
+    with pytest.raises(UserError, match=r'several trunks, student\.module\.backbone\., teacher\.'):
+        torch_weights.read(tmp_path / 'a.pth')
+    for part, expected in zip(('student', 'teacher'), variables, strict=True):
+        loaded = load(zeros(expected), f'{tmp_path}/a.pth:{part}')
+        assert_same(loaded['params']['trunk'], expected['params']['trunk'])
+    with pytest.raises(UserError, match="no tensors of 'ema'; their names begin with state_dict"):
+        torch_weights.read(f'{tmp_path}/a.pth:ema')
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        (torch.full((8, 3, 7, 7), torch.nan), 'conv1.weight holds 1,176 values that are not fin'),
+        (torch.full((8, 3, 7, 7), torch.inf), 'conv1.weight holds 1,176 values that are not fin'),
+        (torch.full((8, 3, 7, 7), torch.nan).bfloat16(), 'conv1.weight holds 1,176 values'),
+        (torch.full((8, 3, 7, 7), 1e300, dtype=torch.float64), 'too large for float32'),
+        (torch.ones(8, 3, 7, 7, dtype=torch.int8), 'conv1.weight holds int8 numbers'),
+        (torch.ones(8, 3, 7, 7, dtype=torch.bool), 'conv1.weight holds bool numbers'),
+        (torch.ones(8, 3, 7, 7, dtype=torch.complex64), 'conv1.weight holds complex64 numbers'),
+    ],
+)
+def test_weights_that_are_no_numbers_to_compute_with_are_refused(value, message, tmp_path):
+    variables = random_variables(model_config(SMALL))
+    state = {n: torch.from_numpy(v) for n, v in to_torch(variables, 'torchvision').items()}
+    torch.save(state | {'conv1.weight': value}, tmp_path / 'a.pth')
+    for allow_partial in (False, True):
+        with pytest.raises(UserError, match=message):
+            load(variables, tmp_path / 'a.pth', allow_partial=allow_partial)
+
+
 def test_half_precision_weights_become_float32(tmp_path):
     variables = random_variables(model_config(SMALL))
     state = to_torch(variables, 'torchvision')
@@ -275,6 +346,53 @@ def test_bad_files_are_one_clear_line(tmp_path, capfd):
             torch_weights.read(tmp_path / name)
         assert '\n' not in str(error.value)
     assert capfd.readouterr().out == ''
+
+
+def test_what_is_no_file_is_one_clear_line(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'file').touch()
+    for name, message in {
+        'pipe': 'is neither a file nor a folder',
+        'folder': 'is a folder without checkpoints',
+        'file/a.pth': 'does not exist',
+        'a' * 300: 'File name too long',
+        'a' * 300 + ':student': 'File name too long',
+        'two\nlines\x1b.pth': r'two\\nlines\\x1b.pth does not exist',
+        'a\0b': 'a.x00b does not exist',
+    }.items():
+        with pytest.raises(UserError, match=message) as error:
+            torch_weights.read(tmp_path / name)
+        assert str(error.value).isprintable()
+    with pytest.raises(UserError, match=r'~nosuchuser/a\.pth cannot be read'):
+        torch_weights.read('~nosuchuser/a.pth')
+    assert list((tmp_path / 'folder').iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(tmp_path, monkeypatch):
+    state = {'a': np.ones(100_000, np.float32)}
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'target').touch()
+    (tmp_path / 'link').symlink_to(tmp_path / 'target')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for file_format in torch_weights.FORMATS:
+        for name in ('pipe', 'a' * 300, '.', '..'):
+            with pytest.raises(UserError, match='cannot be written') as error:
+                torch_weights.write(tmp_path / name, state, file_format)
+            assert '\n' not in str(error.value)
+        with pytest.raises(UserError, match='~nosuchuser/a cannot be written'):
+            torch_weights.write('~nosuchuser/a', state, file_format)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as on a full disk
+            with pytest.raises(UserError, match='full cannot be written'):
+                torch_weights.write(tmp_path / 'full', state, file_format)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['link', 'pipe', 'target']
+    assert stat.S_ISFIFO((tmp_path / 'pipe').stat().st_mode)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    torch_weights.write('~/new/a.pth', state)
+    assert (tmp_path / 'new' / 'a.pth').is_file()
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):

@@ -127,7 +127,7 @@ def load(
     checkpoints.close()
     _check_finite(variables, f'the checkpoint of step {step} in {printable(workdir)}')
     config = override(restore_config(metadata['config']), changes)
-    settings.validate(config)
+    settings.validate(config, needs_source=False)
     net = _build(config)
     if changes:
         _check_fits(net, variables, config, step)
@@ -141,7 +141,7 @@ def load_weights(path: str | Path, config: ConfigDict) -> Model:
       UserError: a setting cannot work, the file cannot be read, is of another network, or its
         weights are not finite.
     """
-    settings.validate(config)
+    settings.validate(config, needs_source=False)
     net = _build(config)
     shapes = _shapes(net, config)
     # What the file does not fill stays NaN, so that nothing random passes for a result.

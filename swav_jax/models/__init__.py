@@ -17,6 +17,7 @@ from swav_jax.models.norm import BatchNorm
 from swav_jax.models.regnet import RegNet
 from swav_jax.models.remat import scan_passes
 from swav_jax.models.resnet import BLOCKS, ResNet, expansion, stem_width
+from swav_jax.validation import WIDEST
 
 # Settings under config.model.trunk that a trunk reads, beside `name` and `stem`; a RegNet that goes
 # by torchvision's name reads none.
@@ -193,6 +194,15 @@ def _check_resnet(trunk: ConfigDict) -> None:
             f'config.model.trunk.depth {trunk.depth} has no grouped convolutions (groups is '
             f'{trunk.groups}, width_per_group {trunk.width_per_group}): use depth 50 or more, or '
             f'groups 1 and width_per_group 64'
+        )
+    planes = 8 * stem_width(trunk.width_multiplier)
+    widest = trunk.groups * max(1, int(planes * trunk.width_per_group / 64))
+    if widest > WIDEST:
+        raise UserError(
+            f'config.model.trunk.width_per_group={trunk.width_per_group} in '
+            f'config.model.trunk.groups={trunk.groups} with width_multiplier '
+            f'{trunk.width_multiplier} makes convolutions of {widest:,} channels: lower them, '
+            f'{WIDEST:,} is the most'
         )
 
 

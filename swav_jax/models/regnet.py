@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from swav_jax.errors import UserError
 from swav_jax.models.relu import relu
 from swav_jax.models.remat import run_stage
+from swav_jax.validation import WIDEST
 
 STEM_WIDTH = 32
 
@@ -70,16 +71,33 @@ def stages(parameters: Parameters) -> list[Stage]:
       UserError: where they generate no network.
     """
     depth, w_0, w_a, w_m, group_width, _ = parameters
-    if depth < 1 or w_0 <= 0 or w_0 % 8 or w_a < 0 or w_m <= 1 or group_width < 1:
-        raise UserError(
-            f'config.model.trunk has depth {depth}, w_0 {w_0}, w_a {w_a}, w_m {w_m}, group_width '
-            f'{group_width}: a RegNet needs depth ≥ 1, w_0 a positive multiple of 8, w_a ≥ 0, '
-            'w_m > 1 and group_width ≥ 1'
-        )
+    for name, value, works in (
+        ('depth', depth, depth >= 1),
+        ('w_0', w_0, w_0 > 0 and w_0 % 8 == 0),
+        ('w_a', w_a, w_a >= 0),
+        ('w_m', w_m, w_m > 1),
+        ('group_width', group_width, group_width >= 1),
+    ):
+        if not works:
+            raise UserError(
+                f'config.model.trunk.{name}={value}: a RegNet needs depth ≥ 1, w_0 a positive '
+                'multiple of 8, w_a ≥ 0, w_m > 1 and group_width ≥ 1'
+            )
     widths = []
     for j in range(depth):
         s = round(math.log((w_0 + w_a * j) / w_0) / math.log(w_m))
         widths.append(8 * round(w_0 * w_m**s / 8))
+    if max(widths) > WIDEST:
+        raise UserError(
+            f'config.model.trunk.w_a={w_a} with depth {depth}, w_0 {w_0} and w_m {w_m} makes '
+            f'blocks {max(widths):,} wide: lower them, {WIDEST:,} is the most'
+        )
+    narrowest = min(STEM_WIDTH, *widths)
+    if parameters.se_ratio and round(parameters.se_ratio * narrowest) < 1:
+        raise UserError(
+            f'config.model.trunk.se_ratio={parameters.se_ratio} leaves none of {narrowest} '
+            f'channels: use more than {0.5 / narrowest:g}, or 0 for no squeeze-and-excitation'
+        )
     result = []
     for width, blocks in itertools.groupby(widths):
         group = min(group_width, width)

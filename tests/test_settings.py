@@ -1,0 +1,519 @@
+"""Settings that cannot work: each is one line with the setting's full name, at once."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict, FrozenConfigDict, config_dict
+
+from swav_jax import config as settings
+from swav_jax import models, validation
+from swav_jax.errors import UserError
+from swav_jax.initial_state import make_schedule
+from swav_jax.main import main
+from swav_jax.schedule_checks import check_schedule
+
+LR = 'optimizer.param_schedulers.lr'
+HUGE = 10**5000  # Python refuses to print it
+
+
+def default():
+    config = settings.default()
+    config.data.source = 'synthetic'
+    return config.unlock()
+
+
+def with_changes(*changes):
+    """The defaults with values that are put in as they are, by dotted name."""
+    config = default()
+    for path, value in changes:
+        *folders, leaf = path.split('.')
+        section = config
+        for folder in folders:
+            section = section[folder]
+        with config.ignore_type():
+            section[leaf] = value
+    return config
+
+
+def refusal(config):
+    """The line that refuses a config, where a plan or a run would."""
+    with pytest.raises(UserError) as caught:
+        settings.validate(config)
+        sizes = settings.sizes(config, num_images=100_000, num_replicas=1)
+        make_schedule(config, sizes)
+        models.build(config.model, channels=config.data.channels)
+    line = str(caught.value)
+    assert line.isprintable() and len(line) < 700, line
+    return line
+
+
+# What no setting of a type can be.
+NEVER = {
+    bool: (0, 1, 1.0, 'True', None, (True,), {}, np.True_),
+    int: (1.5, 2.0, -2, 2**70, HUGE, math.nan, math.inf, '1', None, True, (1,), {}, np.int64(1)),
+    float: (math.nan, math.inf, -math.inf, 1e300, -0.1, '1', None, True, (1.0,), {}),
+    str: (1, None, True, b'demo', ('demo',), 'a\0b', {}),
+    tuple: (None, 1, 1.5, True, 'ab', {}, {1: 2}, (None,), ('a',), (math.nan,), (math.inf,),
+            (1, 'a'), (HUGE,), (True,), ((),), (-1, -1), (((1,),),), np.array([1, 2])),
+}  # fmt: skip
+
+
+def test_no_setting_takes_another_type_or_a_number_out_of_all_ranges():
+    config, tried = default(), 0
+    for name, value in settings.flatten(default()):
+        path = name.removeprefix('config.')
+        if path.startswith(LR):
+            continue
+        *folders, leaf = path.split('.')
+        section = config
+        for folder in folders:
+            section = section[folder]
+        for bad in NEVER[type(value)]:
+            del section[leaf]  # a ConfigDict would make a float of an int, and of True
+            section[leaf] = bad
+            assert refusal(config).startswith((f'{name}=', f'{name}.')), (name, bad)
+            tried += 1
+        del section[leaf]
+        section[leaf] = value
+    settings.validate(config)
+    assert tried > 700
+
+
+def test_every_number_has_a_range():
+    numbers = {
+        name.removeprefix('config.')
+        for name, value in settings.flatten(settings.default())
+        if type(value) in (int, float)
+    }
+    assert {name for name in numbers if not name.startswith(LR)} == set(validation.RANGES)
+    for path, value in settings.flatten(settings.default()):
+        if (allowed := validation.RANGES.get(path.removeprefix('config.'))) is not None:
+            assert allowed.holds(value)
+
+
+def test_every_seed_that_is_allowed_makes_other_weights():
+    allowed = validation.RANGES['seed']
+    seeds = (0, 1, 2, 2**31 - 1, 2**31, 2**31 + 1, allowed.most - 1, allowed.most)
+    keys = {tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in seeds}
+    assert len(keys) == len(seeds)
+    config = default()
+    for seed in seeds:
+        config.seed = seed
+        settings.validate(config)
+
+
+REFUSED = [
+    # What a tuple holds.
+    ('data.num_crops', ()),
+    ('data.num_crops', (2, 6.0)),
+    ('data.num_crops', (2, 0)),
+    ('data.num_crops', (2, -1)),
+    ('data.num_crops', (2, '6')),
+    ('data.num_crops', ((2, 6),)),
+    ('data.num_crops', (1_000_000,)),
+    ('data.num_crops', (1, 10**20)),
+    ('data.num_crops', (50, 51)),
+    ('data.size_crops', (224,)),
+    ('data.size_crops', (224, 0)),
+    ('data.size_crops', (224, 100_000)),
+    ('data.size_crops', (224.0, 96)),
+    ('data.crop_scales', (0.14, 1.0)),
+    ('data.crop_scales', ((0.14, 1.0),)),
+    ('data.crop_scales', ((0.14, 1.0), (0.05,))),
+    ('data.crop_scales', ((0.14, 1.0), (0.5, 0.1))),
+    ('data.crop_scales', ((0.14, 1.0), (0, 0.1))),
+    ('data.crop_scales', ((0.14, 1.0), (0.05, math.nan))),
+    ('data.crop_scales', ((0.14, 1.0), (0.05, '1'))),
+    ('data.crop_scales', ((0.14, 1.0), 0.5)),
+    ('data.mean', (0.5,)),
+    ('data.mean', (0.5, 0.5, None)),
+    ('data.mean', (0.5, 0.5, 1e9)),
+    ('data.std', (0.2, 0.2, 0.0)),
+    ('data.std', (0.2, 0.2, 1e-30)),
+    ('data.std', (0.2, 0.2, math.inf)),
+    ('loss.crops_for_assign', ()),
+    ('loss.crops_for_assign', (0, 0)),
+    ('loss.crops_for_assign', (0, 8)),
+    ('loss.crops_for_assign', (0, -1)),
+    ('loss.crops_for_assign', (0, 1.0)),
+    ('model.head.num_clusters', ()),
+    ('model.head.num_clusters', (1,)),
+    ('model.head.num_clusters', (3000, 0)),
+    ('model.head.num_clusters', (10**12,)),
+    ('model.head.num_clusters', (3000.0,)),
+    ('model.head.num_clusters', (30,) * 100),
+    ('model.head.dims', ()),
+    ('model.head.dims', (0,)),
+    ('model.head.dims', (0, -3)),
+    ('model.head.dims', (0, 0, 128)),
+    ('model.head.dims', (0, 2048, 0)),
+    ('model.head.dims', (7, 2048, 128)),
+    ('model.head.dims', (None, 2048, 128)),
+    ('model.head.dims', (0, 2048, 10**9)),
+    ('model.head.dims', (0, (2048, 128))),
+    ('model.head.dims', (0,) + (8,) * 1000),
+    ('model.head.activation_name', 'swish'),
+    ('model.head.activation_name', ''),
+    ('model.temp_frozen_params_iter_map', ('head/prototypes0', 313)),
+    ('model.temp_frozen_params_iter_map', (('head/prototypes0',),)),
+    ('model.temp_frozen_params_iter_map', (('head/prototypes0', -1),)),
+    ('model.temp_frozen_params_iter_map', (('head/prototypes0', 1.5),)),
+    ('model.temp_frozen_params_iter_map', ((313, 'head/prototypes0'),)),
+    ('model.temp_frozen_params_iter_map', (('head/prototypes0', 2**40),)),
+    ('model.temp_frozen_params_iter_map', (('', 1),)),
+    ('model.temp_frozen_params_iter_map', (('trunk', 1), ('trunk', 2))),
+    ('model.temp_frozen_params_iter_map', {'head/prototypes0': 313}),
+    # Sizes that no machine has, numbers that would be rounded to 0 or to infinity.
+    ('seed', 2**32),
+    ('seed', 2**63),
+    ('seed', -1),
+    ('data.batchsize_per_replica', 10**9),
+    ('data.canvas_size', 1_000_000),
+    ('data.channels', 10**6),
+    ('loss.queue.queue_length', 10**15),
+    ('loss.temperature', 1e-300),
+    ('loss.epsilon', 0),
+    ('optimizer.num_epochs', 10**12),
+    ('train.max_steps', 2**70),
+    ('evaluate.batch_size', 10**9),
+    ('evaluate.resize', 10**6),
+    ('data.limit', 2**40),
+    # Words.
+    ('precision', 'float8'),
+    ('precision', 'Float32'),
+    ('sharding', ''),
+    ('model.remat', 'Block'),
+    ('optimizer.name', 'adam'),
+    ('train.on_nan', 'ignore'),
+    ('train.on_collapse', 'die\nat\x1b[31m once'),
+    # The trunk.
+    ('model.trunk.name', 'resnet50'),
+    ('model.trunk.name', ''),
+    ('model.trunk.depth', 51),
+    ('model.trunk.depth', 100_000),
+    ('model.trunk.stem', 'tiny'),
+    ('model.trunk.layer4_stride', 7),
+    ('model.trunk.layer4_stride', 0),
+    ('model.trunk.width_multiplier', 0.0),
+    ('model.trunk.width_multiplier', 1e9),
+    ('model.trunk.groups', 0),
+    ('model.trunk.groups', 60_000),
+    ('model.trunk.width_per_group', 60_000),
+    ('model.trunk.w_0', 48),
+    ('model.trunk.group_width', 8),
+]
+
+
+@pytest.mark.parametrize(('path', 'value'), REFUSED, ids=lambda x: repr(x)[:40])
+def test_a_bad_value_is_one_line_with_its_name(path, value):
+    assert f'config.{path}' in refusal(with_changes((path, value)))
+
+
+REGNET = dict(name='regnet', depth=16, w_0=48, w_a=27.89, w_m=2.09, group_width=8)
+
+
+@pytest.mark.parametrize(
+    ('change', 'name'),
+    [
+        ({'depth': 257}, 'depth'),
+        ({'w_0': 0}, 'w_0'),
+        ({'w_0': 47}, 'w_0'),
+        ({'w_0': 10**6}, 'w_0'),
+        ({'w_a': 1e300}, 'w_a'),
+        ({'w_a': 60_000.0}, 'w_a'),
+        ({'w_m': 1.0}, 'w_m'),
+        ({'w_m': 0.0}, 'w_m'),
+        ({'w_m': 1e300}, 'w_m'),
+        ({'group_width': 0}, 'group_width'),
+        ({'se_ratio': 0.001}, 'se_ratio'),
+        ({'se_ratio': 1000.0}, 'se_ratio'),
+        ({'width_multiplier': 2.0}, 'width_multiplier'),
+        ({'name': 'regnet_y_400mf'}, 'depth'),
+    ],
+)
+def test_a_regnet_that_cannot_be_built_is_named(change, name):
+    changes = [(f'model.trunk.{key}', value) for key, value in (REGNET | change).items()]
+    assert f'config.model.trunk.{name}' in refusal(with_changes(*changes))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'name', 'text'),
+    [
+        ({'evaluate.size': 300}, 'evaluate.size', 'at most config.evaluate.resize=256'),
+        ({'augment.blur_radius_min': 3.0}, 'augment.blur_radius_min', 'blur_radius_max=2.0'),
+        ({'data.num_crops': (1,), 'data.size_crops': (224,), 'data.crop_scales': ((0.1, 1.0),)},
+         'data.num_crops', 'makes one crop'),
+        ({'data.channels': 1}, 'data.mean', '1 numbers, one per channel'),
+        ({'data.batchsize_per_replica': 60_000, 'data.canvas_size': 8000},
+         'data.batchsize_per_replica', 'takes 11,520 GB'),
+        ({'data.batchsize_per_replica': 60_000, 'data.size_crops': (4000, 96)},
+         'data.batchsize_per_replica', 'for the pixels alone'),
+        ({'data.batchsize_per_replica': 20_000, 'optimizer.num_epochs': 10}, None, None),
+        ({'data.batchsize_per_replica': 1, 'optimizer.num_epochs': 1_000_000},
+         'optimizer.num_epochs', 'use at most 21,474'),
+        ({'loss.queue.queue_length': 63}, 'loss.queue.queue_length', 'global batch of 64'),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_go_together(changes, name, text):
+    config = with_changes(*changes.items())
+    if name is None:
+        return settings.validate(config)
+    line = refusal(config)
+    assert f'config.{name}' in line and text in line, line
+    return None
+
+
+# Schedules, by the part that is wrong: what is changed, in a composite or in a whole schedule.
+
+RESTARTS = dict(
+    name='cosine_warm_restart',
+    start_value=1.0,
+    end_value=0.1,
+    restart_interval_length=0.5,
+    wave_type='half',
+    is_adaptive=False,
+    lr_multiplier=1.0,
+)
+STEPS = dict(name='multistep', values=(1.0, 0.1, 0.01), milestones=(3, 6), num_epochs=9)
+LINEAR = dict(name='linear', start_value=1.0, end_value=0.1)
+BAD_RATES = (-0.1, math.nan, math.inf, 1e300, HUGE, '1', None, True, (1.0,), {'a': 1})
+BAD_WORDS = ('', 'SQRT', 1, None, True, ('linear',), 'lin\near')
+
+
+def refused_schedules():
+    """(schedule, full name below lr of what is wrong with it)."""
+    composite = settings.to_dict(settings.warmup_cosine(0.1))
+    pieces = (settings.warmup_cosine(0.1).schedulers[0].to_dict(), LINEAR)
+
+    def without(schedule, part):
+        return {key: value for key, value in schedule.items() if key != part}
+
+    for schedule in (RESTARTS, STEPS, LINEAR, dict(name='constant', value=1.0), composite):
+        for part in without(schedule, 'auto_lr_scaling').keys() - {'update_interval'}:
+            yield without(schedule, part), f'.{part}'
+        yield schedule | {'end_vlaue': 1.0}, '.end_vlaue'
+        for bad in BAD_WORDS:
+            yield schedule | {'name': bad}, '.name'
+            yield schedule | {'update_interval': bad}, '.update_interval'
+        for bad in (None, 3, 'linear', ()):
+            yield schedule | {'auto_lr_scaling': bad}, '.auto_lr_scaling'
+    for bad in BAD_RATES:
+        yield dict(name='constant', value=bad), '.value'
+        for schedule in (LINEAR, LINEAR | {'name': 'cosine'}, RESTARTS):
+            for part in ('start_value', 'end_value'):
+                yield schedule | {part: bad}, f'.{part}'
+                piece = LINEAR | {part: bad}
+                yield composite | {'schedulers': (pieces[0], piece)}, f'.schedulers[1].{part}'
+        yield STEPS | {'values': (1.0, bad, 0.1)}, '.values[1]'
+        yield RESTARTS | {'restart_interval_length': bad}, '.restart_interval_length'
+        yield RESTARTS | {'lr_multiplier': bad}, '.lr_multiplier'
+        yield STEPS | {'num_epochs': bad}, '.num_epochs'
+        yield STEPS | {'milestones': (3, bad)}, '.milestones'
+        yield composite | {'lengths': (0.5, bad)}, '.lengths[1]'
+        for part in ('base_value', 'base_lr_batch_size'):
+            scaling = composite['auto_lr_scaling'] | {part: bad}
+            yield composite | {'auto_lr_scaling': scaling}, f'.auto_lr_scaling.{part}'
+    for bad in (0, 1.01, -0.5, 1e-12):
+        yield RESTARTS | {'restart_interval_length': bad}, '.restart_interval_length'
+    yield RESTARTS | {'restart_interval_length': 0.001, 'lr_multiplier': 2.0}, '.lr_multiplier'
+    yield RESTARTS | {'lr_multiplier': 0}, '.lr_multiplier'
+    for bad in (1, 'True', None):
+        yield RESTARTS | {'is_adaptive': bad}, '.is_adaptive'
+        scaling = composite['auto_lr_scaling'] | {'auto_scale': bad}
+        yield composite | {'auto_lr_scaling': scaling}, '.auto_lr_scaling.auto_scale'
+    for bad in (*BAD_WORDS, 'quarter'):
+        yield RESTARTS | {'wave_type': bad}, '.wave_type'
+        scaling = composite['auto_lr_scaling'] | {'scaling_type': bad}
+        yield composite | {'auto_lr_scaling': scaling}, '.auto_lr_scaling.scaling_type'
+        yield composite | {'interval_scaling': ('fixed', bad)}, '.interval_scaling[1]'
+    yield composite | {'update_interval': 'epochs'}, '.update_interval'
+    yield composite | {'interval_scaling': ('rescale', 'fixed')}, '.interval_scaling[0]'
+    for bad in ((6, 3), (3, 3), (0, 3), (3, 9), (3, 6.5), 3, None, 'ab'):
+        yield STEPS | {'milestones': bad}, '.milestones'
+    for bad in ((1.0,), (1.0,) * 4, (), 1.0, None):
+        yield STEPS | {'values': bad}, '.values'
+    for part in ('lengths', 'interval_scaling', 'schedulers'):
+        for bad in ((), (1,), 'fixed', None, 3, {'a': 1}):
+            yield composite | {part: bad}, f'.{part}'
+    for bad in ((0.5, 0.6), (0.1, 0.8)):
+        yield composite | {'lengths': bad}, '.lengths'
+    for bad in ((0, 1), (1.5, -0.5)):
+        yield composite | {'lengths': bad}, '.lengths['
+    for bad in (
+        None,
+        'linear',
+        3,
+        (),
+        {},
+        dict(name='linear'),
+        LINEAR | {'update_interval': 'step'},
+    ):
+        yield composite | {'schedulers': (pieces[0], bad)}, '.schedulers[1]'
+    for part in composite['auto_lr_scaling']:
+        scaling = without(composite['auto_lr_scaling'], part)
+        yield composite | {'auto_lr_scaling': scaling}, f'.auto_lr_scaling.{part}'
+    scaling = composite['auto_lr_scaling'] | {'base': 3}
+    yield composite | {'auto_lr_scaling': scaling}, '.auto_lr_scaling.base'
+    scaling = composite['auto_lr_scaling']
+    yield dict(name='constant', value=0.0, auto_lr_scaling=scaling), ' names no rate above 0'
+    nested = LINEAR
+    for _ in range(10):
+        nested = dict(
+            name='composite', schedulers=(nested,), lengths=(1,), interval_scaling=('fixed',)
+        )
+    yield nested, '.schedulers[0].schedulers[0]'
+    for bad in (None, 3, 'cosine', (), [LINEAR]):
+        yield bad, '='
+
+
+def test_every_part_of_a_schedule_is_checked():
+    config, tried = default(), 0
+    sizes = settings.sizes(config, num_images=100_000, num_replicas=1)
+    for lr, name in refused_schedules():
+        with pytest.raises(UserError) as caught:
+            check_schedule(lr, f'config.{LR}')
+        line = str(caught.value)
+        assert line.startswith(f'config.{LR}{name}') and line.isprintable(), (line, lr)
+        if tried % 20 == 0:
+            with config.ignore_type():
+                config.optimizer.param_schedulers.lr = lr
+            assert refusal(config).startswith(f'config.{LR}{name}')
+            with pytest.raises(UserError, match=LR):
+                make_schedule(config, sizes)
+        tried += 1
+    assert tried > 300
+
+
+def test_a_schedule_that_holds_itself():
+    config = default()
+    lr = config.optimizer.param_schedulers.lr
+    inner = ConfigDict(dict(name='composite', lengths=(0.5, 0.5), interval_scaling=('fixed',) * 2))
+    inner.schedulers = (inner, inner)
+    lr.schedulers = (inner, inner)
+    assert 'nest fewer' in refusal(config)
+
+
+def test_sound_schedules_stay_valid():
+    whole = settings.to_dict(settings.warmup_cosine(0.1))
+    for lr in (
+        RESTARTS,
+        RESTARTS | {'is_adaptive': True, 'wave_type': 'full'},
+        {key: RESTARTS[key] for key in RESTARTS if key != 'lr_multiplier'} | {'is_adaptive': True},
+        STEPS | {'update_interval': 'epoch', 'auto_lr_scaling': whole['auto_lr_scaling']},
+        dict(name='constant', value=0),
+        whole,
+        whole | {'lengths': (1 / 3, 2 / 3)},
+        whole | {'schedulers': [whole, LINEAR | {'start_value': 1}], 'update_interval': 'epoch'},
+    ):
+        if lr is not whole and 'schedulers' in lr:
+            inner = {key: lr['schedulers'][0][key] for key in lr['schedulers'][0]}
+            inner.pop('auto_lr_scaling', None), inner.pop('update_interval', None)
+            lr = lr | {'schedulers': [inner, lr['schedulers'][1]]}
+        config = default()
+        with config.ignore_type():
+            config.optimizer.param_schedulers.lr = lr
+        settings.validate(config)
+        sizes = settings.sizes(config, num_images=100_000, num_replicas=1)
+        make_schedule(config, sizes)
+
+
+class Odd:
+    def __repr__(self):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ('config', 'name'),
+    [
+        (None, 'config=None'),
+        (3, 'config=3'),
+        ({}, 'config={}'),
+        (settings.default().to_dict(), 'config={'),
+        (Odd(), 'config=<Odd'),
+        (ConfigDict(), 'config.augment is missing'),
+        (ConfigDict({'seed': 0, 'sede': 0}), 'config.sede is not a setting'),
+        (with_changes(('loss', 3)), 'config.loss=3'),
+        (with_changes(('loss', None)), 'config.loss=None'),
+        (with_changes(('data', 'demo')), "config.data='demo'"),
+        (with_changes(('optimizer.param_schedulers', ())), 'config.optimizer.param_schedulers=()'),
+        (with_changes(('loss.queue', ConfigDict())), 'config.loss.queue.queue_length is missing'),
+        (with_changes(('loss.epsilom', 1)), 'config.loss.epsilom is not a setting: epsilon is'),
+        (with_changes(('a\x1b[31m', 1)), r'config.a\x1b[31m is not a setting'),
+        (with_changes(('seed', config_dict.required_placeholder(int))), 'config.seed has no value'),
+        (with_changes(('seed', config_dict.placeholder(int))), 'config.seed=None'),
+        (with_changes(('loss.epsilon', Odd())), 'config.loss.epsilon=<Odd'),
+        (with_changes(('data.source', '')), "config.data.source=''"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else '',
+)  # fmt: skip
+def test_what_is_no_config_of_ours(config, name):
+    assert name in refusal(config)
+
+
+def test_a_section_that_is_missing_or_holds_itself():
+    config = default()
+    del config.train
+    assert 'config.train is missing' in refusal(config)
+    config = default()
+    with config.ignore_type():
+        config.loss.queue = config.loss
+    assert 'config.loss.queue.' in refusal(config)
+
+
+def test_harmless_variants_stay_valid():
+    config = default()
+    for path, value in settings.flatten(default()):
+        if type(value) is float and value == int(value):
+            *folders, leaf = path.split('.')[1:]
+            section = config
+            for folder in folders:
+                section = section[folder]
+            with config.ignore_type():
+                section[leaf] = int(value)
+    config.data.num_crops = [2, 6]
+    config.data.crop_scales = [[0.14, 1], [0.05, 0.14]]
+    config.model.head.num_clusters = [300, 30]
+    config.model.temp_frozen_params_iter_map = [['head/prototypes0', 0]]
+    settings.validate(config)
+    models.build(config.model)
+    config.data.source = ''
+    settings.validate(config, needs_source=False)
+    config.optimizer.param_schedulers.lr = LINEAR
+    settings.validate(FrozenConfigDict(config), needs_source=False)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'text'),
+    [
+        ('--config.seed=4294967296', 'config.seed=4294967296: must be 0 or more and at most 4,294'),
+        (f'--config.{LR}.name=cosine', f'config.{LR}.start_value is missing'),
+        (f'--config.{LR}.lengths=(1,)', f'config.{LR}.lengths=(1,)'),
+        (f'--config.{LR}.interval_scaling=("rescale","fixed")', '.interval_scaling[0]='),
+        (f'--config.{LR}.auto_lr_scaling.scaling_type=SQRT', '.auto_lr_scaling.scaling_type='),
+        (f'--config.{LR}.update_interval=epochs', '.update_interval='),
+        ('--config.data.num_crops=(1000000,)', 'config.data.num_crops=(1000000,)'),
+        ('--config.data.canvas_size=1000000', 'config.data.canvas_size=1000000'),
+        ('--config.model.trunk.depth=100000', 'config.model.trunk.depth=100000'),
+        ('--config.model.trunk.layer4_stride=7', 'config.model.trunk.layer4_stride'),
+        ('--config.model.temp_frozen_params_iter_map=(("head/protos",3),)', "'head/protos' fits"),
+        ('--config.precision=float64', 'config.precision asks for float64'),
+        ('--config.loss.use_double_precision=True', 'config.loss.use_double_precision asks for'),
+    ],
+)
+def test_a_plan_and_a_run_refuse_alike(flags, text, tmp_path, capsys, monkeypatch):
+    config = (
+        'from swav_jax import config\n\n\ndef get_config():\n    c = config.default()\n'
+        "    c.data.source = 'synthetic:64x8'\n    c.data.batchsize_per_replica = 8\n"
+        '    c.model.trunk.depth = 18\n'
+        "    c.model.trunk.width_multiplier, c.model.trunk.stem = 0.0625, 'small'\n"
+        '    c.model.head.dims, c.model.head.num_clusters = (0, 8), (6,)\n'
+        '    c.data.num_crops, c.data.size_crops, c.data.canvas_size = (2, 1), (8, 8), 8\n'
+        '    return c\n'
+    )
+    (tmp_path / 'c.py').write_text(config)
+    for how in ('--plan', f'--workdir={tmp_path}/run'):
+        assert main(['main', f'--config={tmp_path}/c.py', how, flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith('error: ') and error.count('\n') == 1 and text in error, error
