@@ -146,6 +146,16 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         )
     if part:
         tensors = _of_part(path, part, tensors)
+    return {inner_name(name): value for name, value in unwrapped(tensors, path).items()}
+
+
+def unwrapped(tensors: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """A model's tensors without what stands before all of their names; `path` is for the line.
+
+    Raises:
+      UserError: several trunks have a name before theirs.
+    """
+    tensors = dict(tensors)
     while prefix := next((p for p in _WRAPPERS if any(n.startswith(p) for n in tensors)), None):
         tensors = _without(prefix, tensors)
     tensors = {_COMPILED.sub('', name): value for name, value in tensors.items()}
@@ -155,9 +165,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
             f'{printable(path)} holds several trunks, {_listed(found)}: name one, as '
             f'{printable(path)}:{printable(min(found).removesuffix("."))}'
         )
-    if len(found) == 1:
-        tensors = _without(*found, tensors)
-    return {inner_name(name): value for name, value in tensors.items()}
+    return _without(*found, tensors) if len(found) == 1 else tensors
 
 
 def _file_and_part(path: str | Path) -> tuple[Path, str]:

@@ -1,20 +1,17 @@
 """Every command that README, docs, config heads and --help pages name is taken as it is written."""
 
 import ast
-import contextlib
 import re
 import shlex
 
-import jax
-import numpy as np
 import pytest
 from commands import EVALUATE, call
 from PIL import Image
 from processes import ROOT, TINY
+from small_run import write_run
 
-from swav_jax import cli, export, main, models
+from swav_jax import cli, export, main
 from swav_jax import config as settings
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.evaluate import command
 
 PROGRAM = re.compile(r'python3? +(?:-m +(swav_jax[\w.]*)|(scripts/\w+\.py))')
@@ -56,12 +53,7 @@ def filled(words, places):
 def places(tmp_path_factory):
     """A run, its weights and class folders, of the sizes that tests can afford."""
     root = tmp_path_factory.mktemp('documented')
-    config = cli.load_config(TINY)
-    net = models.build(config.model, channels=1)
-    crops = [np.zeros((2, 16, 16, 1), np.float32)]
-    state = jax.jit(lambda: net.init(jax.random.key(0), crops, train=True))()
-    with contextlib.closing(Checkpoints(root / 'run' / 'checkpoints')) as checkpoints:
-        checkpoints.save(3, dict(state), {'config': settings.to_dict(config)})
+    write_run(root / 'run')
     export.export(root / 'run', root / 'weights.pth')
     for split in ('train', 'val'):
         for label in 'ab':

@@ -1,7 +1,6 @@
 """The contact sheet: what it shows is what the network gets."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from swav_jax import config as settings
@@ -45,7 +44,6 @@ def test_a_sheet_shows_boxes_crops_and_unreadable_images():
     np.testing.assert_allclose(axes[0, 3].images[0].get_array(), 0.639)
 
 
-@pytest.mark.filterwarnings('ignore:the load_module')  # ml_collections calls it
 def test_mistakes_are_one_line(tmp_path, capsys):
     config = tmp_path / 'config.py'
     config.write_text('from swav_jax import config\nget_config = lambda: config.default()\n')

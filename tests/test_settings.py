@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
@@ -90,6 +91,17 @@ def test_every_number_has_a_range():
     for path, value in settings.flatten(settings.default()):
         if (allowed := validation.RANGES.get(path.removeprefix('config.'))) is not None:
             assert allowed.holds(value)
+
+
+def test_every_seed_that_is_allowed_makes_other_weights():
+    allowed = validation.RANGES['seed']
+    seeds = (0, 1, 2, 2**31 - 1, 2**31, 2**31 + 1, allowed.most - 1, allowed.most)
+    keys = {tuple(jax.random.key_data(jax.random.key(seed)).tolist()) for seed in seeds}
+    assert len(keys) == len(seeds)
+    config = default()
+    for seed in seeds:
+        config.seed = seed
+        settings.validate(config)
 
 
 REFUSED = [

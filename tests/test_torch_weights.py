@@ -189,22 +189,24 @@ PREFIXES = (
 
 
 def test_whatever_is_before_the_names_of_a_whole_trunk_is_found(tmp_path):
+    beside = dict.fromkeys(('queue', 'optimizer.0', 'epoch.loss'), torch.ones(2))
     for settings in (SMALL, FAMILIES['regnet_y']):
         for layout in ('torchvision', 'swav', 'vissl'):
             state = to_torch(random_variables(model_config(settings, SMALL_HEAD)), layout)
-            torch_weights.write(tmp_path / 'a.pth', state)
-            names = torch_weights.read(tmp_path / 'a.pth').keys()
-            state = {name: torch.from_numpy(value) for name, value in state.items()}
-            pairs = itertools.permutations(PREFIXES, 2) if layout == 'torchvision' else [()]
-            for prefix in [*PREFIXES, 'module._orig_mod.encoder.', *map(''.join, pairs)]:
-                beside = {'queue': torch.ones(3, 5), 'optimizer.0': torch.ones(2)}
-                torch.save({f'{prefix}{n}': t for n, t in state.items()} | beside, tmp_path / 'b')
-                assert torch_weights.read(tmp_path / 'b').keys() == names, (layout, prefix)
-    inside = {
-        re.sub(r'(layer\d+|trunk_output)\.', r'\1._orig_mod.', n): t for n, t in state.items()
-    }
-    torch.save(inside, tmp_path / 'b')
-    assert torch_weights.read(tmp_path / 'b').keys() == names
+            names = torch_weights.unwrapped(state, '').keys()
+            for prefix in itertools.chain(
+                PREFIXES, map(''.join, itertools.permutations(PREFIXES, 2))
+            ):
+                wrapped = beside | {f'{prefix}{name}': 0 for name in state}
+                assert torch_weights.unwrapped(wrapped, '').keys() == names, (layout, prefix)
+            inside = {re.sub(r'(layer\d+|trunk_output)\.', r'\1._orig_mod.', n): 0 for n in state}
+            assert torch_weights.unwrapped(inside, '').keys() == names
+    variables = random_variables(model_config(SMALL))
+    state = {n: torch.from_numpy(v) for n, v in to_torch(variables, 'torchvision').items()}
+    state = {f'module._orig_mod.encoder_q.{name}': tensor for name, tensor in state.items()}
+    torch.save({'state_dict': state | beside, 'optimizer': beside}, tmp_path / 'a.pth')
+    loaded = load(zeros(variables), tmp_path / 'a.pth')
+    assert_same(loaded['params']['trunk'], variables['params']['trunk'])
 
 
 def test_of_several_models_in_a_file_one_is_named(tmp_path):

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from swav_jax import atomic, augment, cli
 from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
+from swav_jax.errors import UserError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,8 +56,7 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
     """Write the picture of the first `images` images of a run to `path`, whole or not at all.
 
     Raises:
-      UserError: a setting or the data cannot work.
-      OSError: `path` cannot be written.
+      UserError: a setting or the data cannot work, or `path` cannot be written.
     """
     settings.validate(config)
     data = config.data
@@ -83,8 +83,11 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
         for _ in range(count)
     ]
     figure = contact_sheet(source, batch, crops, titles, data)
-    with atomic.replacing(path) as temporary, temporary.open('wb') as file:
-        figure.savefig(file, dpi=100, format=path.suffix[1:].lower() or 'png')
+    try:
+        with atomic.replacing(path) as temporary, temporary.open('wb') as file:
+            figure.savefig(file, dpi=100, format=path.suffix[1:].lower() or 'png')
+    except OSError as error:
+        raise UserError(f'--output={path} cannot be written ({error.strerror})') from error
 
 
 def contact_sheet(
