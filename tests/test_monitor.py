@@ -4,13 +4,16 @@ import io
 import json
 import math
 import struct
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from swav_jax.monitor import Monitor, read_rows
+from swav_jax.errors import UserError
+from swav_jax.monitor import Monitor
+from swav_jax.rows import read_rows
 
 KEYS = ['step', 'epoch', 'loss', 'lr', 'images_per_second', 'data_wait', 'loss_over_ln_k']
 
@@ -168,3 +171,60 @@ def test_on_a_terminal_one_line_moves(tmp_path):
     for text in ('step 25/25', 'epoch 2.50', 'loss 2.7500', 'lr 0.1', 'images/s', 'left'):
         assert text in final
     assert shown.rstrip().endswith('\x1b[?25h'), 'the cursor is shown again'
+
+
+def test_a_record_that_cannot_be_written_is_kept_in_mind(tmp_path):
+    """The run may save first; rows are then missing, and the end says so in one line."""
+    (tmp_path / 'lock').touch()
+    monitor, _ = make(tmp_path)
+    run(monitor, 0, 10)
+    assert monitor.failure is None
+    (tmp_path / 'metrics.jsonl').unlink()
+    (tmp_path / 'metrics.jsonl').mkdir()
+    run(monitor, 10, 25)
+    assert isinstance(monitor.failure, IsADirectoryError)
+    with pytest.raises(UserError, match='Is a directory'):
+        monitor.finish({})
+    monitor.close()
+    assert not (tmp_path / 'summary.json').exists()
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path):
+    (tmp_path / 'run').mkdir()
+    monitor, _ = make(tmp_path / 'run')
+    (tmp_path / 'run').rename(tmp_path / 'elsewhere')
+    monitor.events({'knn_top1': 1.0}, step=0)
+    with pytest.raises(UserError, match='is gone: it was moved or deleted'):
+        monitor.check()
+    monitor.close()
+    assert not (tmp_path / 'run').exists()
+
+
+def test_tensorboard_may_fail_alone(tmp_path):
+    monitor, out = make(tmp_path)
+    full = Path('/dev/full').open('wb', buffering=0)  # noqa: SIM115 (closed by the monitor)
+    monitor._tensorboard._file._writer.close()
+    monitor._tensorboard._file._writer = full
+    run(monitor, 0, 25)
+    summary = monitor.finish({})
+    assert summary['steps'] == 25
+    assert out.getvalue().count('TensorBoard gets no more events: No space left on device') == 1
+    assert full.closed
+
+
+def test_damaged_records_are_said_and_put_aside(tmp_path):
+    monitor, _ = make(tmp_path)
+    run(monitor, 0, 25)
+    monitor.finish({})
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    (tmp_path / 'metrics.jsonl').write_text(
+        '\n'.join([*lines[:2], '{"step": 12}', lines[2]]) + '\n'
+    )
+    (tmp_path / 'summary.json').write_text('{')
+    monitor, out = make(tmp_path, first_step=20, total_steps=30)
+    for name in ('metrics.jsonl', 'summary.json'):
+        assert f'{name} is damaged: it is now {name}.damaged' in out.getvalue()
+    run(monitor, 20, 30)
+    assert monitor.finish({})['steps'] == 30
+    steps = [row['step'] for row in read_rows(tmp_path / 'metrics.jsonl')]
+    assert steps == [1, 10, 20, 30]

@@ -1,14 +1,18 @@
 """Steps that are not finite: found, dumped, made again, passed over."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from processes import ROOT, environment, rows, run
 
+from swav_jax import replay
 from swav_jax.data import pipeline
 
 COUNT, BAD, BATCH = 32, 13, 4
@@ -64,6 +68,96 @@ def test_a_step_that_is_not_finite_is_dumped_and_replayed(flags, tmp_path):
     assert 'loss nan' in again.stdout and 'the step is not finite, as in the run' in again.stdout
     assert 'numbers of scores0 were not finite' in again.stdout
     assert 'before the step' not in again.stdout
+
+
+def edited(change):
+    """Change what about.json says."""
+
+    def damage(dump):
+        about = json.loads((dump / 'about.json').read_text())
+        change(about)
+        (dump / 'about.json').write_text(json.dumps(about))
+
+    return damage
+
+
+def written(name, content):
+    return lambda dump: (dump / name).write_bytes(content)
+
+
+def another_arrays(**arrays):
+    return lambda dump: np.savez(dump / 'arrays.npz', **arrays)
+
+
+def cut(name):
+    def damage(dump):
+        content = (dump / name).read_bytes()
+        (dump / name).write_bytes(content[: len(content) // 2])
+
+    return damage
+
+
+def images(change):
+    """Change the images that the run was trained on."""
+
+    def damage(dump):
+        about = json.loads((dump / 'about.json').read_text())
+        change(sorted(Path(about['config']['data']['source'].partition(':')[2]).glob('*.png')))
+
+    return damage
+
+
+DUMPS = {
+    'no about.json': lambda dump: (dump / 'about.json').unlink(),
+    'an empty about.json': written('about.json', b''),
+    'about.json is a list': written('about.json', b'[]'),
+    'about.json is no text': written('about.json', b'\xff\x00'),
+    'about.json lacks its batch': edited(lambda about: about.pop('batch')),
+    'another batch': edited(lambda about: about.update(batch=0)),
+    'a huge batch': edited(lambda about: about.update(batch=10**30)),
+    'a negative batch': edited(lambda about: about.update(batch=-1)),
+    'a batch that is a string': edited(lambda about: about.update(batch='2')),
+    'an edited config': edited(lambda about: about['config']['model']['head'].update(dims=[0, 9])),
+    'a config of another kind': edited(lambda about: about.update(config=[])),
+    'no arrays.npz': lambda dump: (dump / 'arrays.npz').unlink(),
+    'arrays.npz is cut': cut('arrays.npz'),
+    'arrays.npz is something else': written('arrays.npz', b'PK'),
+    'arrays.npz holds objects': another_arrays(index=np.array([{}], object)),
+    'arrays.npz holds text': another_arrays(index=np.array(['x']), weight=np.array(['x'])),
+    'arrays.npz lacks the index': another_arrays(weight=np.ones(4)),
+    'arrays.npz of another batch': another_arrays(index=np.arange(4), weight=np.ones(4)),
+    'arrays.npz of a smaller batch': another_arrays(index=np.arange(2), weight=np.ones(2)),
+    'no state': lambda dump: shutil.rmtree(dump / 'state'),
+    'an empty state': lambda dump: [shutil.rmtree(path) for path in (dump / 'state').iterdir()],
+    'a damaged state': lambda dump: [
+        path.write_bytes(b'x') for path in (dump / 'state').rglob('*') if path.is_file()
+    ],
+    'images are gone': images(lambda paths: [path.unlink() for path in paths]),
+    'an image is gone': images(lambda paths: paths[0].unlink()),
+    'no image can be read': images(lambda paths: [path.write_bytes(b'x') for path in paths]),
+}
+
+
+@pytest.mark.slow
+def test_a_damaged_or_edited_dump_is_refused_in_one_line(flags, tmp_path, monkeypatch, capfd):
+    """In one process: most are refused before anything is compiled."""
+    monkeypatch.chdir(ROOT)
+    source = next(flag for flag in flags if 'data.source' in flag).partition('folder:')[2]
+    copied = tmp_path / 'images'
+    shutil.copytree(source, copied)
+    others = [flag for flag in flags if 'data.source' not in flag]
+    done = run(tmp_path / 'run', f'--config.data.source=folder:{copied}', *others)
+    assert done.returncode == 3, done.stderr
+    monkeypatch.setattr('jax.devices', lambda *_: jax.local_devices()[:1])
+    for name, damage in DUMPS.items():
+        dump = tmp_path / 'dump'
+        shutil.copytree(tmp_path / 'run' / 'nan_dump', dump)
+        damage(dump)
+        assert replay.main(['replay', str(dump)]) == 2, name
+        error = capfd.readouterr().err
+        assert error.startswith('error: ') and error.count('\n') == 1, (name, error)
+        shutil.rmtree(dump)
+        shutil.copytree(source, copied, dirs_exist_ok=True)
 
 
 @pytest.mark.slow
