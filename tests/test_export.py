@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_models import model_config, shapes, zeros
 from test_torch_weights import SMALL_HEAD, assert_same, load
 
@@ -128,3 +129,14 @@ def test_script_refuses_weights_of_another_network(run, script, tmp_path, monkey
     monkeypatch.setattr(sys, 'argv', [arguments[0], str(tmp_path / 'none.pth')])
     with pytest.raises(SystemExit, match=r'error: .*none\.pth'):
         script.main()
+
+
+def test_script_matches_classes_by_name(script, tmp_path, capsys):
+    """A class that only one side has moves the numbers of those behind it."""
+    for name in ('train/cat', 'train/cow', 'train/dog', 'val/cow', 'val/dog', 'val/emu'):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(tmp_path / name / 'a.png')
+    train, val = script.open_data(str(tmp_path))
+    assert [val[i][1] for i in range(len(val))] == [1, 2]
+    assert '1 images of val are left out' in capsys.readouterr().err
+    assert len(train) == 3
