@@ -194,9 +194,8 @@ def test_whatever_is_before_the_names_of_a_whole_trunk_is_found(tmp_path):
         for layout in ('torchvision', 'swav', 'vissl'):
             state = to_torch(random_variables(model_config(settings, SMALL_HEAD)), layout)
             names = torch_weights.unwrapped(state, '').keys()
-            for prefix in itertools.chain(
-                PREFIXES, map(''.join, itertools.permutations(PREFIXES, 2))
-            ):
+            pairs = itertools.permutations(PREFIXES, 2) if layout == 'torchvision' else ()
+            for prefix in itertools.chain(PREFIXES, map(''.join, pairs)):
                 wrapped = beside | {f'{prefix}{name}': 0 for name in state}
                 assert torch_weights.unwrapped(wrapped, '').keys() == names, (layout, prefix)
             inside = {re.sub(r'(layer\d+|trunk_output)\.', r'\1._orig_mod.', n): 0 for n in state}
