@@ -353,7 +353,7 @@ def test_what_is_no_file_is_one_clear_line(tmp_path):
     (tmp_path / 'file').touch()
     for name, message in {
         'pipe': 'is neither a file nor a folder',
-        'folder': 'is a folder without checkpoints',
+        'folder': 'does not hold checkpoints',
         'file/a.pth': 'does not exist',
         'a' * 300: 'File name too long',
         'a' * 300 + ':student': 'File name too long',
