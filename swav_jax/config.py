@@ -23,7 +23,7 @@ def default() -> ConfigDict:
     config.seed = 0
     config.precision = 'float32'
     config.sharding = 'replicated'  # 'zero': each device keeps a slice of weights and momentum
-    config.init_from = ''  # PyTorch weights, or another run's folder, to start from
+    config.init_from = ''  # PyTorch weights, FILE or FILE:student, or a run's folder
     config.init_allow_partial = False  # start from them also where they do not fill the trunk
 
     config.data = ConfigDict()

@@ -253,7 +253,7 @@ def _read_run(workdir: Path) -> dict[str, np.ndarray]:
 
     if not (workdir / 'checkpoints').is_dir():
         raise UserError(
-            f'{printable(workdir)} is a folder without checkpoints: give PyTorch weights or the '
+            f'{printable(workdir)} does not hold checkpoints: give PyTorch weights or the '
             'folder of a run'
         )
     with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:

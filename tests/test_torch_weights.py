@@ -194,9 +194,8 @@ def test_whatever_is_before_the_names_of_a_whole_trunk_is_found(tmp_path):
         for layout in ('torchvision', 'swav', 'vissl'):
             state = to_torch(random_variables(model_config(settings, SMALL_HEAD)), layout)
             names = torch_weights.unwrapped(state, '').keys()
-            for prefix in itertools.chain(
-                PREFIXES, map(''.join, itertools.permutations(PREFIXES, 2))
-            ):
+            pairs = itertools.permutations(PREFIXES, 2) if layout == 'torchvision' else ()
+            for prefix in itertools.chain(PREFIXES, map(''.join, pairs)):
                 wrapped = beside | {f'{prefix}{name}': 0 for name in state}
                 assert torch_weights.unwrapped(wrapped, '').keys() == names, (layout, prefix)
             inside = {re.sub(r'(layer\d+|trunk_output)\.', r'\1._orig_mod.', n): 0 for n in state}
@@ -354,7 +353,7 @@ def test_what_is_no_file_is_one_clear_line(tmp_path):
     (tmp_path / 'file').touch()
     for name, message in {
         'pipe': 'is neither a file nor a folder',
-        'folder': 'is a folder without checkpoints',
+        'folder': 'does not hold checkpoints',
         'file/a.pth': 'does not exist',
         'a' * 300: 'File name too long',
         'a' * 300 + ':student': 'File name too long',
