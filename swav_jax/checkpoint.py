@@ -87,7 +87,10 @@ class Checkpoints:
         self._damaged: list[int] = []
         self._tidy = False
         self._needed_bytes = 0
+        self._opened: int | None = None
+        self._close_folder: Callable[[], Any] = lambda: None
         self._first_saved: int | None = None
+        self._last_saved: int | None = None
         self._read_back = False
 
     def save(self, step: int, state: Any, metadata: dict) -> None:
@@ -106,7 +109,7 @@ class Checkpoints:
             self._finish_save()
             if not self._tidy:
                 self._tidy_up()
-            if not _on_all_processes(self._directory.is_dir()):
+            if not _on_all_processes(self._is_there()):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self._directory)
             if step in self._manager.all_steps():
                 return
@@ -121,6 +124,7 @@ class Checkpoints:
             )
             if self._first_saved is None:
                 self._first_saved = step
+            self._last_saved = step
 
     def restore(
         self, like: Any, accept: Callable[[dict], None] = lambda metadata: None
@@ -178,6 +182,7 @@ class Checkpoints:
         def arguments(step, content):
             accept(content['metadata'])
             saved = content['arrays']
+            self._check_described(step, saved)
             wanted = _nested({n: x for n, x in saved.items() if n.partition('/')[0] in parts})
             return ocp.args.PyTreeRestore(
                 wanted,
@@ -227,6 +232,8 @@ class Checkpoints:
                 if self._manager is not None:
                     self._manager.close()
                 self._remove_link()
+                self._close_folder()
+                self._opened = None
 
     def __enter__(self) -> 'Checkpoints':
         return self
@@ -421,12 +428,16 @@ class Checkpoints:
                 raise _DamagedError(f'{name} is not what was written')
         return state, content['metadata']
 
+    def _check_described(self, step: int, saved: dict[str, dict]) -> None:
+        if {name: _shape_of(x) for name, x in saved.items()} != _shapes(self._stored(step)):
+            raise ValueError('its metadata tells of other arrays than it holds')
+
     def _check_fit(self, step: int, saved: dict[str, dict], like: Any) -> None:
         """Refuse a checkpoint that holds other arrays than `like` does."""
         wanted = _shapes(like)
         there = {name: _shape_of(x) for name, x in saved.items()}
-        if there != wanted and there != _shapes(self._stored(step)):
-            raise ValueError('its metadata tells of other arrays than it holds')
+        if there != wanted:
+            self._check_described(step, saved)
         for name in sorted(wanted.keys() | saved.keys()):
             here, that = wanted.get(name, 'nothing'), there.get(name, 'nothing')
             if here != that:
@@ -468,6 +479,9 @@ class Checkpoints:
             )
         self._manager.reload()
         self._damaged, self._tidy = [], True
+        if self._opened is None:
+            self._opened = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            self._close_folder = weakref.finalize(self, os.close, self._opened)
 
     def _delete_temporaries(self) -> None:
         for path in self._directory.glob('*.orbax-checkpoint-tmp*'):
@@ -485,19 +499,39 @@ class Checkpoints:
         except (UserError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
-            if not self._directory.is_dir() and _refusal(error, (errno.ENOENT, errno.ENOTDIR)):
+            if not self._is_there():
+                self._remove_remains()
                 raise UserError(
                     f'{self._shown} is gone: it was moved or deleted while the run went on, or is '
                     'no folder. Put it back, then start again'
                 ) from error
             if _refusal(error, _NO_SPACE):
                 raise UserError(self._no_space()) from error
-            if reason := _refusal(error, _REFUSED):
+            if reason := _refusal(error, _REFUSED) or _status(error):
                 raise UserError(
                     f'no checkpoint can be written into {self._shown} ({reason}): make it a folder '
                     'that can be written, or name another --workdir'
                 ) from error
             raise
+
+    def _is_there(self) -> bool:
+        """Whether the folder is there, and is the one that the first save found or made."""
+        try:
+            there = self._directory.stat()
+            return self._opened is None or os.path.samestat(there, os.fstat(self._opened))
+        except OSError:
+            return False
+
+    def _remove_remains(self) -> None:
+        """Delete what a save that was on its way made anew where the folder no longer is."""
+        folder = self._directory.parent
+        if jax.process_index() == 0 and not os.path.lexists(folder / 'lock'):
+            self._delete_temporaries()
+            if self._last_saved is not None:
+                shutil.rmtree(self._path(self._last_saved), ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for path in (self._directory, folder):
+                    path.rmdir()
 
     def _no_space(self) -> str:
         if jax.process_index() == 0:
@@ -567,6 +601,12 @@ def _refusal(error: BaseException | None, codes: Collection[int]) -> str | None:
                 return os.strerror(code)
         error = error.__cause__ or error.__context__
     return None
+
+
+def _status(error: BaseException) -> str | None:
+    """TensorStore's own word for a file that is not there or cannot be used."""
+    found = re.match('NOT_FOUND|PERMISSION_DENIED|DATA_LOSS|FAILED_PRECONDITION', str(error))
+    return found and found[0]
 
 
 def _first_line(error: Exception) -> str:

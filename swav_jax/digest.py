@@ -51,7 +51,8 @@ def digest(x: jax.Array) -> jax.Array:
     place = jnp.zeros(words.shape, jnp.uint32)
     for axis, length in enumerate(words.shape):
         place = place * np.uint32(length) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-    return jnp.stack([jnp.sum(words * _odd_factor(place, seed)) for seed in (1, 2)])
+    odd = [_odd_factor(place, seed) for seed in (1, 2)]
+    return jnp.stack([jnp.sum(words * factor, dtype=jnp.uint32) for factor in odd])
 
 
 def _odd_factor(place: Any, seed: int) -> Any:

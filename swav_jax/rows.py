@@ -10,6 +10,7 @@ from typing import Any
 
 from swav_jax import atomic
 
+_BEGINNING = b'{"step": '
 _LONGEST_LINE = 2**20  # bytes; the rows have some hundred
 
 
@@ -120,9 +121,15 @@ def _read(path: Path, columns: frozenset[str]) -> tuple[list[dict[str, Any]], bo
             row = _parse(line)
             if row is not None and columns <= row.keys():
                 rows.append(row)
-            elif line.endswith(b'\n') or len(line) == _LONGEST_LINE:
+            elif not _is_unfinished(line):
                 sound = False
     return rows, sound
+
+
+def _is_unfinished(line: bytes) -> bool:
+    """Whether it is the beginning of a row, which a process that was killed did not end."""
+    begins = line[: len(_BEGINNING)] == _BEGINNING[: len(line)]
+    return begins and len(line) < _LONGEST_LINE and not line.endswith(b'\n')
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ def explanation(error: OSError, workdir: Path) -> UserError:
     """What a file below the folder of a run was refused for, and what helps."""
     shown = printable(workdir)
     path = printable(os.fsdecode(error.filename)) if error.filename else shown
-    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.exists(workdir / 'lock'):  # noqa: PTH110 (an error is no)
+    if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.lexists(workdir / 'lock'):
         return UserError(
             f'--workdir={shown} is gone: it was moved or deleted while the run went on. Put it '
             'back and start the same command again, or name another folder'

@@ -1,7 +1,10 @@
 """Checkpoints come back bit for bit, on any devices, or are refused; nothing else may happen."""
 
+import hashlib
+import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +23,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from swav_jax.checkpoint import Checkpoints
-from swav_jax.digest import digest
+from swav_jax.digest import digest, digests, of_numpy
 from swav_jax.errors import UserError
 from swav_jax.mesh import AXES, put
 
@@ -311,6 +314,177 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     with closing(Checkpoints(tmp_path)) as checkpoints:
         assert_same(checkpoints.restore(make_state(0))[0], make_state(1))
     assert {path.name for path in tmp_path.iterdir()} == {'1'}
+
+
+PATHS = (
+    'exp[1]', 'lr*', 'q?', '**', 'back\\slash', 'a\\nb', 'gs:/b', 'file:', 'a|zip:b', 'p%20c#x',
+    'new\nline \x1b[31m', 'é中\u202e', os.fsdecode(b'\xff\xfe'), 'x.orbax-checkpoint-tmp-12',
+    'up/../x', '/'.join(['w' * 200] * 6),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PATHS)
+def test_any_path_holds_checkpoints(tmp_path, name):
+    """Beside folders that a pattern would find: of them nothing may be read."""
+    for other in ('exp1', 'lr2', 'qq', 'back', 'a'):
+        (tmp_path / other / 'checkpoints' / '1').mkdir(parents=True)
+    (tmp_path / 'up').mkdir()
+    (tmp_path / name).mkdir(parents=True, exist_ok=True)
+    before = set(tmp_path.rglob('*'))
+    folder = tmp_path / name / 'checkpoints'
+    state = {'w': jnp.arange(5.0)}
+    with closing(Checkpoints(folder, keep=1)) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {'step': step})
+    with closing(Checkpoints(folder)) as checkpoints:
+        restored, metadata = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+        step, read, _ = checkpoints.read(('w',))
+    np.testing.assert_array_equal(restored['w'], state['w'])
+    np.testing.assert_array_equal(read['w'], state['w'])
+    assert metadata == {'step': 2} and step == 2
+    shutil.rmtree(folder)
+    assert set(tmp_path.rglob('*')) <= before, 'nothing was written beside it'
+
+
+def rewrite(checkpoint: Path, change, *, sealed: bool = True) -> None:
+    """Change a checkpoint's description, with the digest that belongs to it if `sealed`."""
+    file = checkpoint / 'metadata' / 'metadata'
+    content = json.loads(file.read_text())
+    content = change(content) or content
+    if sealed and isinstance(content, dict):
+        content.pop('sha256', None)
+        text = json.dumps(content, sort_keys=True)
+        content['sha256'] = hashlib.sha256(text.encode()).hexdigest()
+    file.write_text(json.dumps(content))
+
+
+def set_array(key, value):
+    def change(content):
+        content['arrays']['params/head/kernel'][key] = value
+
+    return change
+
+
+def drop(*keys):
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        del content[keys[-1]]
+
+    return change
+
+
+TAMPERED = {
+    'unsealed': drop('sha256'),
+    'a list': lambda content: [content],
+    'a number': lambda content: 3,
+    'null': lambda content: None,
+    'no arrays': drop('arrays'),
+    'no metadata': drop('metadata'),
+    'metadata are a list': lambda content: content | {'metadata': [1]},
+    'arrays are a list': lambda content: content | {'arrays': []},
+    'no config': drop('metadata', 'config'),
+    'config is a string': lambda content: content['metadata'].update(config='x'),
+    'an array is missing': drop('arrays', 'params/head/kernel'),
+    'an array has no digest': drop('arrays', 'params/head/kernel', 'digest'),
+    'an array is a string': lambda content: content['arrays'].update({'params/half': 'x'}),
+    'a digest of something else': set_array('digest', '0' * 16),
+    'an unknown dtype': set_array('dtype', 'float31'),
+    'another dtype': set_array('dtype', 'bfloat16'),
+    'no shape': set_array('shape', None),
+    'a negative length': set_array('shape', [-40, 24]),
+    'a huge length': set_array('shape', [10**9, 10**9]),
+    'another shape': set_array('shape', [24, 40]),
+    'lengths are strings': set_array('shape', ['40', '24']),
+    'another step': lambda content: content | {'step': 7},
+}
+
+
+@pytest.mark.parametrize('how', TAMPERED)
+def test_tampered_metadata_are_damage(copied, how):
+    """The next older checkpoint is used, by a run as by a reader; nothing else is raised."""
+
+    def accept(metadata):
+        assert metadata['config']['seed'] == 3
+
+    if how in ('a list', 'a number', 'null'):
+        (copied / '2' / 'metadata' / 'metadata').write_text(json.dumps(TAMPERED[how]([1])))
+    else:
+        rewrite(copied / '2', TAMPERED[how], sealed=how != 'unsealed')
+    with closing(Checkpoints(copied)) as checkpoints:
+        state, metadata = checkpoints.restore(make_state(0), accept)
+        assert metadata['step'] == 1
+        assert_same(state, make_state(1))
+        step, parts, _ = checkpoints.read(('params',), accept=accept)
+        assert step == 1
+        assert_same(parts, {'params': make_state(1).params})
+
+
+def test_what_is_no_checkpoint_is_passed_over(copied):
+    """Empty, renamed and foreign folders; the newest sound one is used."""
+    for name in ('12', '013', '-4', '1_000', '²', '٣', 'old', '9.orbax-checkpoint-tmp', '3.5'):
+        (copied / name).mkdir()
+    (copied / '99').write_text('a file')
+    (copied / '14').symlink_to('nowhere')
+    (copied / '2').rename(copied / '20')
+    with closing(Checkpoints(copied)) as checkpoints:
+        assert checkpoints.latest_step() == 20
+        for step in (12, 20):
+            with pytest.raises(UserError, match='cannot be read') as caught:
+                checkpoints.metadata(step)
+            assert '\n' not in str(caught.value)
+            with pytest.raises(UserError, match='loads'):
+                checkpoints.read(('params',), step=step)
+        assert checkpoints.restore(make_state(0))[1]['step'] == 1
+        checkpoints.save(3, make_state(3), {'step': 3})
+        checkpoints.wait()
+        assert checkpoints.restore(make_state(0))[1]['step'] == 3
+
+
+def test_the_first_save_is_read_back(tmp_path, monkeypatch):
+    """A file system that returns other bytes than it was given, from the first save on."""
+    with closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        finish = checkpoints._manager.wait_until_finished
+
+        def and_damage():
+            finish()
+            damage(data_file(tmp_path / '1'), 'flips')
+
+        monkeypatch.setattr(checkpoints._manager, 'wait_until_finished', and_damage)
+        with pytest.raises(UserError, match='was saved and cannot be read back') as caught:
+            checkpoints.save(2, make_state(2), {})
+        assert '\n' not in str(caught.value)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize('dtype', ['float64', 'float32', 'bfloat16', 'int32', 'uint8', 'bool'])
+def test_the_host_digests_as_the_devices_do(dtype):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        for shape in ((), (0, 3), (5, 7), (2, 3, 4)):
+            x = jnp.asarray(rng.standard_normal(shape).astype(jnp.dtype(dtype)))
+            assert digests({'x': x}) == {'x': of_numpy(np.asarray(x))}
+
+
+@pytest.mark.parametrize('how', ['moved', 'deleted', 'replaced'])
+def test_a_folder_that_goes_away_ends_the_saving(tmp_path, how):
+    """In one line, and nothing is made anew in its place."""
+    folder = tmp_path / 'run' / 'checkpoints'
+    folder.parent.mkdir()
+    with closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(1, make_state(1), {})
+        checkpoints.wait()
+        if how == 'moved':
+            folder.parent.rename(tmp_path / 'elsewhere')
+        else:
+            shutil.rmtree(folder.parent)
+        if how == 'replaced':
+            folder.mkdir(parents=True)
+        with pytest.raises(UserError, match='is gone: it was moved or deleted') as caught:
+            checkpoints.save(2, make_state(2), {})
+        assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'run').exists()
 
 
 PROCESS = """
