@@ -185,24 +185,25 @@ def test_a_collapse_of_all_leaves_the_save_in_flight_whole(start, tmp_path):
 IMPATIENT = """
 import sys
 from swav_jax import distributed, ending
-distributed.JOIN_TIMEOUT, ending.HEARTBEAT_TIMEOUT = 10, 10
+{change}
 from swav_jax.main import main
 sys.exit(main(sys.argv))
 """
 
 
-def impatient(workdir, *flags):
+def impatient(change, workdir, *flags):
     """The command of a process that waits less long for the others."""
-    return [sys.executable, '-c', IMPATIENT, *command(workdir, *flags)[3:]]
+    return [sys.executable, '-c', IMPATIENT.format(change=change), *command(workdir, *flags)[3:]]
 
 
 @pytest.mark.slow
 def test_one_that_does_not_come_is_not_waited_for(start, tmp_path):
     """One of two mistypes a flag; of three others only the first or the last is started."""
+    change = 'distributed.JOIN_TIMEOUT = 10'
     port, others = free_port(), free_port()
-    mistyped = [start(impatient(tmp_path, *one_of_two(i, port), *own)) for i, own in
+    mistyped = [start(impatient(change, tmp_path, *one_of_two(i, port), *own)) for i, own in
                 enumerate(((), ('--nonsense=1',)))]  # fmt: skip
-    alone = [start(impatient(tmp_path, *one_of_two(1, others)))]
+    alone = [start(impatient(change, tmp_path, *one_of_two(1, others)))]
     ended = [(p.communicate(timeout=120)[1], p.returncode) for p in mistyped + alone]
     assert [code for _, code in ended] == [2, 2, 2], ended
     assert 'nonsense' in ended[1][0]
@@ -213,8 +214,8 @@ def test_one_that_does_not_come_is_not_waited_for(start, tmp_path):
 
 @pytest.mark.slow
 def test_one_that_stood_still_says_so_as_do_the_others(start, tmp_path):
-    port = free_port()
-    commands = [impatient(tmp_path, *ENDLESS, *one_of_two(i, port)) for i in range(2)]
+    change, port = 'ending.HEARTBEAT_TIMEOUT = 15', free_port()
+    commands = [impatient(change, tmp_path, *ENDLESS, *one_of_two(i, port)) for i in range(2)]
     processes = [start(command) for command in commands]
     deadline = time.monotonic() + 300
     while not (tmp_path / 'metrics.jsonl').exists() or len(rows(tmp_path)) < 3:
