@@ -15,6 +15,7 @@ from PIL import Image
 
 from swav_jax.data import decode, pipeline, sources
 from swav_jax.data.bad_images import BadImages
+from swav_jax.data.images import FileSource
 from swav_jax.errors import UserError
 
 
@@ -214,6 +215,37 @@ def test_bad_images_are_listed_once_and_stop_the_run_above_the_limit(tmp_path):
         listed.update(np.array([9, 3]), np.array([0.0, 0.0]))
     assert '\n' not in str(caught.value) and str(path) in str(caught.value)
     assert path.read_text().splitlines()[-1] == 'demo:train[9000]'
+
+
+@pytest.mark.parametrize('damage', ['folder', 'bytes', 'escapes', 'gone'])
+def test_a_damaged_list_of_bad_images_ends_no_run(tmp_path, damage):
+    source, path = demo(limit=10), tmp_path / 'bad_images.txt'
+    listed = BadImages(source, path, max_bad_fraction=1)
+    listed.update(np.array([1]), np.array([0.0]))
+    if damage == 'folder':
+        path.unlink()
+        (path / 'inside').mkdir(parents=True)
+    elif damage == 'gone':
+        path.unlink()
+    else:
+        path.write_bytes(b'\xff\xfe\x00\n' if damage == 'bytes' else b'\x1b[2J\n')
+    listed.update(np.array([2]), np.array([0.0]))
+    lines = path.read_text().splitlines()
+    assert lines[-2:] == ['demo:train[1000]', 'demo:train[2000]'] and '\x1b' not in lines[0]
+    kept = [other for other in tmp_path.iterdir() if other != path]
+    assert [other.is_dir() for other in kept] == [True] * (damage == 'folder')
+
+
+@pytest.mark.parametrize('size', [(375, 500), (700, 1300), (90, 300), (1100, 520), (9, 1500)])
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG'])
+def test_both_ways_of_decoding_see_the_same(tmp_path, size, kind):
+    (tmp_path / 'a').write_bytes(encode(picture(*size), kind))
+    source = FileSource([str(tmp_path / 'a')])
+    slow, original, weight = decode.decode_with_pil(source, 128, 3, 0)
+    decoded, expected_original = decode.decode(tf.constant(source.read(0)), 128)
+    expected = decode.shrink(decoded, 128).numpy().astype(int)
+    assert weight == 1 and original.tolist() == expected_original.numpy().tolist() == list(size)
+    assert slow.shape == expected.shape and np.abs(slow - expected).max() <= 1
 
 
 def test_large_images_are_scaled_like_pil_and_boxes_with_them(tmp_path):

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image
+from PIL import Image, features
 
 from swav_jax.data.images import ArraySource, FileSource, RangeSource, Source
 from swav_jax.printable import printable
@@ -36,10 +36,9 @@ MAX_PIXELS = 89_478_485  # PIL's limit: more in one image is taken for a decompr
 MAX_MEMORY = 2**30  # bytes that decoding one image may take
 FAST_PIXELS, FAST_BYTES = 2**22, 2**24  # of an image and its file: more is decoded by PIL
 BAND = 2**20  # pixels that are converted at once
-Image.init()
-# None that runs programs. What this PIL was built without it must not be asked for.
-KNOWN = ('JPEG', 'PNG', 'BMP', 'GIF', 'WEBP', 'PPM', 'TIFF', 'AVIF')
-FORMATS = tuple(name for name in KNOWN if name in Image.OPEN)
+FORMATS = ['JPEG', 'PNG', 'BMP', 'GIF', 'WEBP', 'PPM', 'TIFF']  # not those that run programs
+if features.check('avif'):
+    FORMATS.append('AVIF')
 PILS = re.compile(r'PIL\.')  # the modules whose warnings are ignored
 LOG = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -448,6 +447,8 @@ def _converter(
             if not np.isfinite(pixels).all():
                 raise UnreadableError('has levels that are not a number')
             return np.rint(255 * pixels)
+    elif image.mode == 'LAB':
+        raise UnreadableError('has colours in LAB, which PIL does not convert')
     elif 'transparency' in image.info:  # of a palette: else PIL warns
         return lambda part: part.convert('RGBA').convert(mode)
     else:

@@ -160,23 +160,19 @@ def _checked(images: np.ndarray, name: str, channels: int, ndim: int) -> np.ndar
     Raises:
       UserError: it has another type or other axes.
     """
-    what = f'{name}: {images.dtype}{list(images.shape)}'
+    what = f'{name} {"are" if ndim == 4 else "is"} {images.dtype}{list(images.shape)}'
     if images.dtype != np.uint8:
         raise UserError(
-            f'{what} is not uint8: give levels 0 to 255, of numbers from 0 to 1 as '
-            'np.uint8(255 * images + 0.5)'
+            f'{what}: give uint8, levels 0 to 255 (of numbers from 0 to 1 np.uint8(255 * x + 0.5))'
         )
     if images.ndim != ndim or 0 in images.shape:
-        raise UserError(f'{what} is none of images: {FORMS}')
+        raise UserError(f'{what}: {FORMS}')
     have = images.shape[-1]
     if have == channels:
         return images
     if channels in (1, 3) and have in (1, 3, 4):
         return images[..., :3]  # RGBA without A, as PIL converts
     if images.shape[-3] in {1, 3, 4, channels}:
-        raise UserError(f'{what} has its channels first: move them last, np.moveaxis(x, -3, -1)')
+        raise UserError(f'{what}, channels first: move them last, np.moveaxis(x, -3, -1)')
     allowed = '1, 3 or 4' if channels in (1, 3) else channels
-    raise UserError(
-        f'{what} has {have} channels: the network takes images of {allowed} '
-        '(height, width, channels)'
-    )
+    raise UserError(f'{what}, {have} channels: give images of {allowed}, (height, width, channels)')
