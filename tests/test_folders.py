@@ -233,7 +233,7 @@ def test_a_digest_of_a_million_names_is_fast():
     source = folders.FileSource([f'/d/{i // 1000}/{i}.jpg' for i in range(400_000)], root='/d/')
     start = time.perf_counter()
     assert source.digest() != source.take([0]).digest()
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 2
 
 
 def test_a_listing_of_a_folder_that_just_changed_is_not_kept(tmp_path):
