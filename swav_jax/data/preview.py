@@ -1,7 +1,7 @@
-"""What the network sees: a picture of images, the boxes of their crops, and the finished crops.
+r"""What the network sees: a picture of images, the boxes of their crops, and the finished crops.
 
-    python -m swav_jax.data.preview --config FILE [--config.SETTING=VALUE ...]
-                                    [--output preview.png] [--images 6]
+    python -m swav_jax.data.preview --config FILE [--config.SETTING=VALUE ...] \
+        [--output preview.png] [--images 6]
 
 One row an image. On the left the image as it was decoded, with a box for each crop; on the right
 the crops as the network gets them, in the order of the boxes, their normalisation undone. These

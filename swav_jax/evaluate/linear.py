@@ -1,6 +1,6 @@
-"""Linear probe: a linear classifier on frozen features, trained on labelled images.
+r"""Linear probe: a linear classifier on frozen features, trained on labelled images.
 
-    python -m swav_jax.evaluate.linear --workdir RUN --train folder:/imagenet/train
+    python -m swav_jax.evaluate.linear --workdir RUN --train folder:/imagenet/train \
         --test folder:/imagenet/val [--preset vissl] [--crop_scale none]
 
 Presets:

@@ -1,6 +1,6 @@
-"""Fine-tuning on few labels: trunk and a linear classifier, each with its learning rate.
+r"""Fine-tuning on few labels: trunk and a linear classifier, each with its learning rate.
 
-    python -m swav_jax.evaluate.semi --workdir RUN --train folder:/imagenet/train
+    python -m swav_jax.evaluate.semi --workdir RUN --train folder:/imagenet/train \
         --test folder:/imagenet/val --share 0.01
 
 20 epochs, learning rates times 0.2 after 12 and 16, no weight decay, random resized crops and flips
