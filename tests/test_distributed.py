@@ -198,7 +198,7 @@ def impatient(change, workdir, *flags):
 
 @pytest.mark.slow
 def test_one_that_does_not_come_is_not_waited_for(start, tmp_path):
-    """One of two mistypes a flag; of three others only the first or the last is started."""
+    """One of two mistypes a flag; the first of another two is not started at all."""
     change = 'distributed.JOIN_TIMEOUT = 10'
     port, others = free_port(), free_port()
     mistyped = [start(impatient(change, tmp_path, *one_of_two(i, port), *own)) for i, own in
@@ -224,7 +224,7 @@ def test_one_that_stood_still_says_so_as_do_the_others(start, tmp_path):
     processes[1].send_signal(signal.SIGSTOP)
     said = processes[0].communicate(timeout=100)[1]
     assert processes[0].returncode == 1 and 'Traceback' not in said
-    assert 'error: another process has ended without a word, or did not answer' in said
+    assert 'error: another process has ended' in said
     processes[1].send_signal(signal.SIGCONT)
     said = processes[1].communicate(timeout=100)[1]
     assert processes[1].returncode == 1 and 'Traceback' not in said
