@@ -84,4 +84,5 @@ class Signals:
 
 def _say(text: str) -> None:
     show_cursor = '\x1b[?25h' if sys.stderr.isatty() else ''
-    os.write(2, f'{show_cursor}{text}\n'.encode())
+    with contextlib.suppress(OSError):  # nobody reads it, and the signal counts all the same
+        os.write(2, f'{show_cursor}{text}\n'.encode())
