@@ -85,4 +85,5 @@ class Signals:
 def say(text: str) -> None:
     """Write a line to stderr, from any thread and whatever the others hold."""
     show_cursor = '\x1b[?25h' if sys.stderr.isatty() else ''
-    os.write(2, f'{show_cursor}{text}\n'.encode())
+    with contextlib.suppress(OSError):  # nobody reads it, and the signal counts all the same
+        os.write(2, f'{show_cursor}{text}\n'.encode())
