@@ -554,11 +554,11 @@ class Checkpoints:
 def _quiet_orbax() -> None:
     """Leave it to exceptions to say what failed.
 
-    Of one failed read or write orbax logs several traces of a page each, and the coroutines that it
+    Of one failed read or write orbax logs warnings and several traces, and the coroutines that it
     drops print more of them to stderr, at any time later.
     """
     absl_logging.get_absl_logger().addFilter(
-        lambda record: 'orbax' not in record.pathname or record.levelname != 'ERROR'
+        lambda record: 'orbax' not in record.pathname or record.levelno < logging.WARNING
     )
     logging.getLogger('asyncio').addFilter(lambda record: not _is_of_orbax(record))
     hook = sys.unraisablehook
