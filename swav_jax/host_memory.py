@@ -1,11 +1,17 @@
-"""How the C library hands memory back, which a training step on the CPU feels."""
+"""The memory of this machine: how much there is, and how the C library hands it back."""
 
 import ctypes
+import os
 import sys
 from pathlib import Path
 
 # malloc.h: parameters of mallopt.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+
+
+def total_bytes() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
 
 
 def keep_freed_memory() -> None:

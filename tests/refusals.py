@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -23,8 +25,10 @@ def another_user(tmp_path):
     """Without root's rights, for whom no permission is denied; `tmp_path` can be reached."""
     is_root = os.geteuid() == 0
     if is_root:
-        for folder in (tmp_path, *tmp_path.parents[:2]):
-            folder.chmod(0o755)
+        base = Path(tempfile.gettempdir())
+        for folder in (tmp_path, *tmp_path.parents):
+            if base in folder.parents:
+                folder.chmod(0o755)
         os.seteuid(65534)
     try:
         yield

@@ -19,6 +19,7 @@ def write_run(workdir):
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), crops, train=True))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: np.float32(rng.uniform(0.1, 1, x.shape)), dict(shapes))
+    workdir.mkdir()
     with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:
         checkpoints.save(3, jax.device_put(state), {'config': settings.to_dict(config)})
     return config, state

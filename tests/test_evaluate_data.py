@@ -341,7 +341,7 @@ def test_flags_that_cannot_be_meant_so(evaluate, tmp_path, module, flags, messag
 
 
 def test_a_batch_that_no_machine_holds_is_refused(evaluate, model, monkeypatch, tmp_path):
-    monkeypatch.setattr(linear.os, 'sysconf', lambda name: 100)
+    monkeypatch.setattr(linear, 'total_bytes', lambda: 10_000)
     with pytest.raises(UserError, match=r'--batch_size=32 .*: use at most 3'):
         evaluate(
             linear, train='synthetic:32x16', test='synthetic:32x16', out=tmp_path / 'out',

@@ -93,7 +93,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(run, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
     assert export.main(['--workdir', workdir, '--out', str(out), '--layout', 'timm']) == 2
     assert "--layout: invalid choice: 'timm'" in capsys.readouterr().err
-    with pytest.raises(UserError, match='is a folder without checkpoints'):
+    with pytest.raises(UserError, match='does not hold checkpoints'):
         torch_weights.read(tmp_path)
 
 

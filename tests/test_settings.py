@@ -444,7 +444,6 @@ class Odd:
         (with_changes(('seed', config_dict.required_placeholder(int))), 'config.seed has no value'),
         (with_changes(('seed', config_dict.placeholder(int))), 'config.seed=None'),
         (with_changes(('loss.epsilon', Odd())), 'config.loss.epsilon=<Odd'),
-        (with_changes(('data.source', '')), "config.data.source=''"),
     ],
     ids=lambda x: x if isinstance(x, str) else '',
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """Arrays of numbers in MATLAB's files of version 5, read within a bound.
 
 The format is in MathWorks' "MAT-File Format": a header of 128 bytes, then elements of a type, a
-size and data, each padded to 8 bytes. (scipy's reader ends the process on some damaged files, with a
-segmentation fault or a bus error.)
+size and data, each padded to 8 bytes. (scipy's reader ends the process on some damaged files, with
+a segmentation fault or a bus error.)
 """
 
 import struct

@@ -14,7 +14,6 @@ synthetic[:COUNTxSIDE]   generated images in ten classes (default 1024x64)
 A label of -1 is an unknown one in every kind. Each source says in its `notes` what was left out.
 """
 
-import os
 import re
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy as np
 from swav_jax.data import filelists, folders, tfds, torchvision_files, webdataset
 from swav_jax.data.images import ArraySource, Source
 from swav_jax.errors import UserError
+from swav_jax.host_memory import total_bytes
 from swav_jax.printable import printable
 
 DEMO_FILE = Path(__file__).parent / 'fashion_mnist' / 'fashion_mnist.npz'
@@ -122,11 +122,8 @@ def open_synthetic(size: str, channels: int) -> ArraySource:
     if not found:
         raise UserError('the size must be COUNTxSIDE, as in synthetic:1024x64')
     count, side = map(int, found.groups())
-    size, memory = (
-        count * side**2 * channels,
-        os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGESIZE'),
-    )
-    if size > memory // 2:
+    size = count * side**2 * channels
+    if size > total_bytes() // 2:
         raise UserError(
             f'these are {size / 2**30:,.0f} GiB, more than half of the memory: name a smaller '
             'COUNTxSIDE'

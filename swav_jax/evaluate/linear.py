@@ -22,7 +22,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +34,7 @@ from swav_jax.evaluate import command, labelled, logistic, outputs
 from swav_jax.evaluate.classifier import Recipe, accuracies, describe, fit
 from swav_jax.evaluate.features import check
 from swav_jax.evaluate.model import Model
+from swav_jax.host_memory import total_bytes
 from swav_jax.printable import printable
 
 PRESETS = {
@@ -148,7 +148,7 @@ def _check_memory(rows: int, model: Model) -> None:
     """Refuse a batch whose canvases, of which several wait, are more than this machine holds."""
     data = model.config.data
     needed = 4 * rows * data.canvas_size**2 * data.channels
-    have = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    have = total_bytes()
     if needed > have:
         raise UserError(
             f'--batch_size={rows} images take {needed / 1e9:,.0f} GB, this machine has '
