@@ -211,7 +211,7 @@ def test_training_a_classifier_on_unreadable_images(evaluate, model, tmp_path):
 
 @pytest.mark.slow
 def test_weights_that_are_not_finite_are_refused(evaluate, model, tmp_path):
-    test = folder(tmp_path, cat=('cat', 2), dog=('dog', 2))
+    test = folder(tmp_path / 'images', cat=('cat', 2), dog=('dog', 2))
     for value in (np.nan, np.float32(3e38)):
         variables = jax.tree.map(lambda x, v=value: np.full_like(x, v), model.variables)
         broken = dataclasses.replace(model, variables=variables)
@@ -222,7 +222,7 @@ def test_weights_that_are_not_finite_are_refused(evaluate, model, tmp_path):
     c.evaluate.train_source = c.evaluate.test_source = test
     c.evaluate.k = 1
     say = []
-    online = OnlineEvaluation(c, model.net, make_mesh({'enabled': False}), tmp_path)
+    online = OnlineEvaluation(c, model.net, make_mesh({'enabled': False}), tmp_path / 'run')
     assert online.run(as_state(broken), say.append) == {}
     assert 'not finite' in say[0], 'the run goes on'
 

@@ -131,6 +131,7 @@ def fit(
         'batch_size': batch_size,
         'seed': seed,
     } | describe(model, train)
+    out.mkdir(parents=True, exist_ok=True)
     checkpoints = Checkpoints(out / 'checkpoints', keep=1)
     restored = checkpoints.restore(state, lambda before: _check_same(about, before, out))
     state = restored[0] if restored else state
