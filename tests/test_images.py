@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from swav_jax.data.images import ArraySource, FileSource
+from swav_jax.data.images import ArraySource, FileSource, RangeSource
 from swav_jax.printable import printable
 
 
@@ -59,3 +59,23 @@ def test_a_digest_tells_other_images_and_if_asked_other_labels():
 )
 def test_names_are_printable(name, shown):
     assert printable(name) == shown
+
+
+def test_contents_of_files_that_have_the_same_names_can_count(tmp_path):
+    """As where the class folders of a data set were renamed in a circle."""
+    paths = [tmp_path / f'{i}.png' for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes(1000) + bytes([i]) + bytes(1000))
+    source = FileSource([str(path) for path in paths] + [str(tmp_path / 'missing')])
+    before = source.digest(), source.digest(contents=True)
+    assert source.digest(contents=True) == before[1]
+    paths[0].rename(tmp_path / 'x')
+    paths[1].rename(paths[0])
+    (tmp_path / 'x').rename(paths[1])
+    assert source.digest() == before[0] and source.digest(contents=True) != before[1]
+    shard = tmp_path / 'shard'
+    shard.write_bytes(b'ab')
+    ranges = np.array([[0, 0, 1], [0, 1, 1]])
+    first = RangeSource([str(shard)], ranges, ['a', 'b']).digest(contents=True)
+    shard.write_bytes(b'ba')
+    assert RangeSource([str(shard)], ranges, ['a', 'b']).digest(contents=True) != first

@@ -9,12 +9,15 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from swav_jax.data.regular import open_regular, read_regular
 
 MAX_FILE_BYTES = 2**29  # of one image
+SAMPLED = 256  # bytes of an image that stand for its content
+READERS = 32  # threads, as a network file system answers slowly
 
 
 class Source(abc.ABC):
@@ -57,14 +60,16 @@ class Source(abc.ABC):
             ids[labels < 0] = -1
         return ids
 
-    def digest(self, *, labels: bool = False) -> str:
+    def digest(self, *, labels: bool = False, contents: bool = False) -> str:
         """Which images these are and in which order, in 16 hexadecimal digits.
 
         Two sources with the same digest have the same names, byte ranges or, in memory, pixels.
-        Files are not read. Names count below the folder that was named: where it lies does not.
+        Names count below the folder that was named: where it lies does not.
 
         Args:
           labels: whether labels and the names of the classes count, too.
+          contents: whether the images themselves count: of each file its size, and a few bytes from
+            its middle, which tell compressed images apart.
         """
         digest = hashlib.sha256()
         for part in self._identity():
@@ -72,7 +77,16 @@ class Source(abc.ABC):
         if labels and self.labels is not None:
             digest.update(np.int32(self.labels).tobytes())
             digest.update('\0'.join(self.class_names).encode('utf-8', 'surrogatepass'))
+        if contents:
+            with ThreadPoolExecutor(READERS) as readers:
+                for first in range(0, len(self), 4096):
+                    rows = range(first, min(first + 4096, len(self)))
+                    digest.update(b''.join(readers.map(self._sample, rows)))
         return digest.hexdigest()[:16]
+
+    def _sample(self, index: int) -> bytes:
+        """Some bytes of an image that tell it from others; none where it cannot be read."""
+        return b''
 
     def _identity(self) -> Iterator[bytes]:
         """What tells these images from others; the names, unless there is more."""
@@ -177,6 +191,9 @@ class FileSource(Source):
     def _identity(self) -> Iterator[bytes]:
         yield _join(path.removeprefix(self.root) for path in self.paths)
 
+    def _sample(self, index: int) -> bytes:
+        return _sample(self.paths[index])
+
     def _select(self, indices: np.ndarray) -> None:
         self.paths = [self.paths[i] for i in indices]
 
@@ -225,9 +242,22 @@ class RangeSource(Source):
         yield _join(self.names)
         yield np.ascontiguousarray(self.ranges).tobytes()
 
+    def _sample(self, index: int) -> bytes:
+        number, start, count = self.ranges[index].tolist()
+        return _sample(self.files[number], start, count)
+
     def _select(self, indices: np.ndarray) -> None:
         self.ranges = self.ranges[indices]
         self.names = [self.names[i] for i in indices]
+
+
+def _sample(path: str, start: int = 0, count: int | None = None) -> bytes:
+    try:
+        with open_regular(path) as file:
+            count = os.fstat(file.fileno()).st_size if count is None else count
+            return b'%d %s\0' % (count, os.pread(file.fileno(), SAMPLED, start + count // 2))
+    except OSError:
+        return b'\0'
 
 
 def _join(names: Iterable[str]) -> bytes:

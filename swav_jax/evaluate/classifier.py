@@ -164,13 +164,12 @@ def describe(model: Model, train: Source) -> dict[str, Any]:
     data = settings.to_dict(model.config.data)
     return {
         'trunk_weights': model.digest(),
-        'trunk_steps': model.step,
         'precision': model.config.precision,
         'data': {name: data[name] for name in ('canvas_size', 'channels', 'mean', 'std')},
         'evaluate': {name: model.config.evaluate[name] for name in ('size', 'resize')},
         'images': len(train),
         'classes': len(train.class_names),
-        'images_and_labels': train.digest(labels=True),
+        'images_and_labels': train.digest(labels=True, contents=True),
     }
 
 

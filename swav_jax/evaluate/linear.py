@@ -141,7 +141,10 @@ def regress(model: Model, train: Source, test: Source, c: float) -> dict[str, fl
 
 
 def _tested_on(test: Source) -> dict[str, Any]:
-    return {'test_images': len(test), 'test_images_and_labels': test.digest(labels=True)}
+    return {
+        'test_images': len(test),
+        'test_images_and_labels': test.digest(labels=True, contents=True),
+    }
 
 
 def _check_memory(rows: int, model: Model) -> None:
