@@ -274,6 +274,7 @@ batches = pipeline.train_batches(
     source, settings(64, 3), seed=0, global_batch=len(source), first_step=0
 )
 print('training', peak() - before, next(batches)['weight'].sum())
+del batches  # at the interpreter's end its threads would wait for ever to read more
 for i in range(4):
     gallery.thumbnail(source, i)
 print('thumbnails', peak() - before, 9)
