@@ -55,7 +55,8 @@ def png(width, height, bits=1, color=0, chunks=b''):
         return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', check)
 
     pack = zlib.compressobj(1)
-    row = bytes(1 + (width * bits + 7) // 8)
+    channels = {0: 1, 2: 3, 6: 4}[color]
+    row = bytes(1 + (width * bits * channels + 7) // 8)
     some = row * max(1, 2**20 // len(row))
     left, parts = height * len(row), []
     while left:
