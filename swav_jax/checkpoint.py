@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -561,6 +562,8 @@ def _quiet_orbax() -> None:
         lambda record: 'orbax' not in record.pathname or record.levelno < logging.WARNING
     )
     logging.getLogger('asyncio').addFilter(lambda record: not _is_of_orbax(record))
+    never_awaited = r"coroutine '.*(serialize|write|save|commit).*' was never awaited"
+    warnings.filterwarnings('ignore', never_awaited, RuntimeWarning)
     hook = sys.unraisablehook
 
     def all_but_abandoned_coroutines(unraisable: Any) -> None:

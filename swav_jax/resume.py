@@ -130,7 +130,7 @@ def restore(
       force: go on also with other settings or data than it was made with.
 
     Raises:
-      UserError: settings or data do not fit, or the run is past `last_step`.
+      UserError: settings or data do not fit.
     """
     notes = {}
 
@@ -144,12 +144,6 @@ def restore(
         return None
     state, saved = layout.spread(found[0]), found[1]
     step, said = int(state.step), []
-    if step > last_step and not force:
-        raise UserError(
-            f'the run in this --workdir has made {step:,} steps and would now end after '
-            f'{last_step:,}: raise config.train.max_steps or config.optimizer.num_epochs, name '
-            'another --workdir, or let it be evaluated as it is with --force'
-        )
     if saved['results'] and not notes['results']:
         said.append('figures that were found with other settings under config.evaluate are dropped')
     used = copy.deepcopy(config)
@@ -159,7 +153,10 @@ def restore(
             said.append(f'config.{name}={config[name]!r} is not used: the run has begun without it')
     written = used
     if step >= last_step:
-        said.append(f'nothing is left to train: the run has made {step:,} steps of {last_step:,}')
+        said.append(
+            f'nothing is left to train: the run has made {step:,} steps of {last_step:,} '
+            '(config.train.max_steps, config.optimizer.num_epochs)'
+        )
         written = ConfigDict(dict(saved['config']) | {'evaluate': config.evaluate})
     return Restored(state, notes, used, written, said)
 

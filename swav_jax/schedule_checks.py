@@ -32,7 +32,7 @@ KINDS = {
 COMMON = ('auto_lr_scaling', 'update_interval')
 SCALING = ('auto_scale', 'base_value', 'base_lr_batch_size', 'scaling_type')
 
-HIGHEST_RATE = 1e6  # float32 holds it with all that is multiplied by it
+HIGHEST_RATE = 1e30  # far from what trains, and within float32
 MOST_EPOCHS = 1_000_000
 SHORTEST_RESTART = 1e-4  # of the run: 10,000 restarts
 DEEPEST = 4  # composites within composites

@@ -290,8 +290,8 @@ def _check_normalisation(values: dict[str, Any]) -> None:
     _need(
         values,
         'data.std',
-        lambda x: len(x) == channels and min(x) >= 1e-6 and max(x) <= 1000,
-        f'{count}, above 0 (1e-06) and at most 1000',
+        lambda x: len(x) == channels and min(x) >= 1e-30 and max(x) <= 1000,
+        f'{count}, above 0 (1e-30) and at most 1000',
     )
 
 

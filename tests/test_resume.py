@@ -203,9 +203,9 @@ def test_a_run_keeps_its_images_and_its_beginning(tmp_path):
     assert message in refused.stderr and '--force' in refused.stderr
     for path in sorted(folder.iterdir())[24:]:
         path.unlink()
-    refused = run(workdir, *flags, '--config.train.max_steps=5')
-    assert refused.returncode == 2, refused.stderr
-    assert 'has made 9 steps and would now end after 5' in refused.stderr
+    ended = run(workdir, *flags, '--config.train.max_steps=5')
+    assert ended.returncode == 0, ended.stderr
+    assert 'nothing is left to train: the run has made 9 steps of 5' in ended.stdout
     forced = run(workdir, *flags, '--force', init, '--config.loss.epsilon=0.04')
     assert forced.returncode == 0, forced.stderr
     assert "config.init_from='none.pth' is not used" in forced.stdout
