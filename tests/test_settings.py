@@ -131,7 +131,7 @@ REFUSED = [
     ('data.mean', (0.5, 0.5, None)),
     ('data.mean', (0.5, 0.5, 1e9)),
     ('data.std', (0.2, 0.2, 0.0)),
-    ('data.std', (0.2, 0.2, 1e-30)),
+    ('data.std', (0.2, 0.2, 1e-40)),
     ('data.std', (0.2, 0.2, math.inf)),
     ('loss.crops_for_assign', ()),
     ('loss.crops_for_assign', (0, 0)),
