@@ -39,6 +39,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from swav_jax import digest
+from swav_jax.distributed import ApartError, Barriers
 from swav_jax.errors import SaidElsewhereError, UserError
 from swav_jax.printable import printable
 
@@ -472,6 +473,11 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=checkpoint_managers.AnyPreservationPolicy(self._policies),
                     create=False,
+                    # A process would wait for folders that another one cannot make.
+                    async_options=ocp.AsyncOptions(
+                        barrier_sync_fn=Barriers('checkpoints'),
+                        create_directories_asynchronously=False,
+                    ),
                 ),
                 item_handlers={
                     'state': ocp.StandardCheckpointHandler(),
@@ -506,12 +512,17 @@ class Checkpoints:
                     f'{self._shown} is gone: it was moved or deleted while the run went on, or is '
                     'no folder. Put it back, then start again'
                 ) from error
-            if _refusal(error, _NO_SPACE):
-                raise UserError(self._no_space()) from error
+            if reason := _refusal(error, _NO_SPACE):
+                raise UserError(self._no_space(reason)) from error
             if reason := _refusal(error, _REFUSED) or _status(error):
                 raise UserError(
                     f'no checkpoint can be written into {self._shown} ({reason}): make it a folder '
                     'that can be written, or name another --workdir'
+                ) from error
+            if isinstance(error, ApartError):
+                raise UserError(
+                    f'another process could not write its part of a checkpoint into {self._shown}: '
+                    'see what it says, then start all of them again'
                 ) from error
             raise
 
@@ -534,7 +545,7 @@ class Checkpoints:
                 for path in (self._directory, folder):
                     path.rmdir()
 
-    def _no_space(self) -> str:
+    def _no_space(self, reason: str) -> str:
         if jax.process_index() == 0:
             self._delete_temporaries()
         steps = self._steps()
@@ -545,9 +556,9 @@ class Checkpoints:
         there = self._directory if self._directory.exists() else self._directory.parent
         free = shutil.disk_usage(there).free
         return (
-            f'no space for a checkpoint in {self._shown}: it needs up to {_size(needed)}, '
-            f'{_size(free)} are free; checkpoints on disk: {steps or "none"}, intact. Make '
-            'room or lower config.checkpoint.keep, then start again'
+            f'no space for a checkpoint in {self._shown} ({reason}): it needs up to '
+            f'{_size(needed)}, {_size(free)} are free; checkpoints on disk: {steps or "none"}, '
+            'intact. Make room or lower config.checkpoint.keep, then start again'
         )
 
 

@@ -1,6 +1,7 @@
 """Several processes as one run: they join, agree on the settings, and fail together."""
 
 import contextlib
+import itertools
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -88,6 +90,10 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
     ending.watch_others()
 
 
+class ApartError(Exception):
+    """Other processes are at another place of the program: one of them has failed."""
+
+
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
     """What one process cannot do ends all of them, and process 0 says why.
@@ -147,6 +153,41 @@ def rows_of_all(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
 def largest(number: int) -> int:
     """The largest of all processes' numbers."""
     return max(map(int, _gather(str(number))))
+
+
+class Barriers:
+    """Barriers that all processes pass in the same order, for threads beside the main one.
+
+    A process that has failed goes on to a later barrier than the others: they notice at once,
+    where a usual barrier would keep all of them until its timeout.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self._numbers = itertools.count()
+        self._apart = False
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Wait for the others.
+
+        Args:
+          key: the barrier's name.
+          timeout_ms: how long, in milliseconds.
+
+        Raises:
+          ApartError: another process is at another barrier, now or at an earlier call.
+        """
+        client = jax_distributed.global_state.client
+        if client is None:
+            return
+        if self._apart:
+            raise ApartError
+        number = f'swav_jax/{self._name}/{next(self._numbers)}'
+        client.key_value_set(f'{number}/{jax.process_index()}', key)
+        client.wait_at_barrier(number, timeout_ms)
+        if len({where for _, where in client.key_value_dir_get(number)}) > 1:
+            self._apart = True
+            raise ApartError
 
 
 def _raise_first(problems: list[str]) -> None:

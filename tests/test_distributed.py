@@ -121,6 +121,20 @@ def test_processes_that_disagree_or_fail_say_so_once_and_all_end(start, tmp_path
 
 
 @pytest.mark.slow
+def test_a_process_that_cannot_write_its_part_of_a_checkpoint_ends_all(start, tmp_path):
+    """Orbax's own barriers would keep both for 20 minutes: they stand at different ones."""
+    port = free_port()
+    flags = (*FLAGS, '--config.sharding=zero', '--config.train.max_steps=2')
+    commands = [command(tmp_path, *flags, *one_of_two(i, port)) for i in range(2)]
+    limited = ['bash', '-c', 'ulimit -f 1; exec "$@"', 'bash', *commands[1]]
+    processes = [start(commands[0]), start(limited)]
+    ended = [(*p.communicate(timeout=400), p.returncode) for p in processes]
+    assert [code for *_, code in ended] == [2, 2], ended
+    assert 'error: another process could not write its part of a checkpoint' in ended[0][1]
+    assert 'error: no space for a checkpoint' in ended[1][1]
+
+
+@pytest.mark.slow
 def test_bad_images_of_all_processes_are_in_one_list_and_stop_all(start, tmp_path):
     """12 of 32 images are bad; each process meets only some, and not more than is allowed."""
     folder, workdir, port = tmp_path / 'images', tmp_path / 'run', free_port()

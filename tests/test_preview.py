@@ -1,5 +1,7 @@
 """The contact sheet: what it shows is what the network gets."""
 
+import os
+
 import numpy as np
 from PIL import Image
 
@@ -42,6 +44,15 @@ def test_a_sheet_shows_boxes_crops_and_unreadable_images():
     assert axes[1, 0].get_xlabel().endswith('unreadable')
     np.testing.assert_allclose(axes[0, 2].images[0].get_array(), 0.286)
     np.testing.assert_allclose(axes[0, 3].images[0].get_array(), 0.639)
+
+
+def test_a_sheet_shows_names_that_are_no_mathematics_and_not_of_its_font(tmp_path):
+    """matplotlib reads `$` as the begin of a formula, and warns of letters that its font lacks."""
+    for name in ('$\\frac{1$.png', '_x^{$y$.png', '日本語.png', os.fsdecode(b'\xff.png')):
+        Image.new('RGB', (40, 40)).save(tmp_path / name)
+    config = demo_config()
+    config.data.update(source=f'folder:{tmp_path}', channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
+    preview.draw(config, tmp_path / 'sheet.jpg', images=4)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

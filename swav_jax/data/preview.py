@@ -26,6 +26,8 @@ from swav_jax import atomic, augment, cli
 from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
 from swav_jax.errors import UserError
+from swav_jax.evaluate import figures
+from swav_jax.printable import printable
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,7 +87,7 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
     figure = contact_sheet(source, batch, crops, titles, data)
     try:
         with atomic.replacing(path) as temporary, temporary.open('wb') as file:
-            figure.savefig(file, dpi=100, format=path.suffix[1:].lower() or 'png')
+            figures.write(figure, file, dpi=100, format=path.suffix[1:].lower() or 'png')
     except OSError as error:
         raise UserError(f'--output={path} cannot be written ({error.strerror})') from error
 
@@ -113,7 +115,7 @@ def contact_sheet(
             )
         name = source.name(batch['index'][row]).rpartition('/')[2]
         note = name if batch['weight'][row] else f'{name}: unreadable'
-        picture.set_xlabel(note[-28:], fontsize=7)
+        picture.set_xlabel(printable(note)[-28:], fontsize=7, parse_math=False)
         for crop, axis, colour in zip(crops, axes[row, 1:], colours, strict=True):
             axis.imshow(viewable(crop[row] * np.array(data.std) + np.array(data.mean)))
             for spine in axis.spines.values():
