@@ -10,7 +10,7 @@ Run        python -m swav_jax.main --config configs/swav_r101.py --workdir RUN \
 Words after a colon: those of swav_r50.py.
 """
 
-from swav_jax import recipes
+from swav_jax.config import recipes
 
 
 def get_config(arg=''):

@@ -19,7 +19,7 @@ Words after a colon, as configs/swav_r50.py:800 or configs/swav_r50.py:200,2x160
 The learning rate follows the batch size: 4.8 at the peak for 4,096 images, 0.3 per 256.
 """
 
-from swav_jax import recipes
+from swav_jax.config import recipes
 
 
 def get_config(arg=''):

@@ -19,7 +19,7 @@ warms up from 0.3 and freezes for 313 iterations. On N devices set
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import recipes
+from swav_jax.config import recipes
 
 
 def get_config(arg=''):

@@ -12,7 +12,7 @@ Run        python -m swav_jax.main --config configs/swav_r50_powerlaw.py --workd
 Words after a colon: those of swav_r50.py; 100 epochs by default.
 """
 
-from swav_jax import recipes
+from swav_jax.config import recipes
 
 
 def get_config(arg=''):

@@ -16,7 +16,7 @@ again to less than half); and the crops and heads of swav_r50.py.
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import recipes
+from swav_jax.config import recipes
 
 WAVES = {
     'half': ('half', False),

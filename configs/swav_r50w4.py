@@ -13,7 +13,7 @@ Run        python -m swav_jax.main --config configs/swav_r50w4.py --workdir RUN 
 Words after a colon: those of swav_r50.py; crops are 2x224+4x96 by default, with its own scales.
 """
 
-from swav_jax import recipes
+from swav_jax.config import recipes
 
 
 def get_config(arg=''):

@@ -15,7 +15,7 @@ Words after a colon: those of swav_r50.py. The trunk has 1,272,156,138 parameter
 features; with VISSL's head it is 1,382,964,678 in all.
 """
 
-from swav_jax import recipes
+from swav_jax.config import recipes
 
 
 def get_config(arg=''):

@@ -12,7 +12,7 @@ Words after a colon: depth, groups and width of a group, 50-32x4d (default) or 1
 same with 8d, 16d, 32d, 48d; and those of swav_r50.py.
 """
 
-from swav_jax import recipes
+from swav_jax.config import recipes
 
 NETWORKS = {
     f'{depth}-32x{width}d': (depth, width) for depth in (50, 101) for width in (4, 8, 16, 32, 48)

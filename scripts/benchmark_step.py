@@ -20,11 +20,13 @@ import optax
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import models, plan, step, xla_settings
-from swav_jax.host_memory import give_back_freed_memory, keep_freed_memory
-from swav_jax.initial_state import make_schedule, make_state
-from swav_jax.mesh import AXES, make_mesh
+from swav_jax import models, step
+from swav_jax.commands import plan
+from swav_jax.cpu import xla_settings
+from swav_jax.cpu.host_memory import give_back_freed_memory, keep_freed_memory
+from swav_jax.parallel.mesh import AXES, make_mesh
 from swav_jax.precision import COMPUTE_DTYPES
+from swav_jax.runs.initial_state import make_schedule, make_state
 
 Figures = dict[str, float | int | str]
 

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from swav_jax import cli
-from swav_jax.checkpoint import Checkpoints
-from swav_jax.monitor import read_rows
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.runs.monitor import read_rows
 
 ROOT = Path(__file__).parent.parent
 STEPS_A_KILL = 120

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch_twin import Twin, twin_loss, twin_update
 
-from swav_jax import cli, models, optim, step, swav, torch_weights
+from swav_jax import cli, models, optim, step, torch_weights
 from swav_jax import config as settings
-from swav_jax.mesh import AXES, make_mesh, put
+from swav_jax.methods import swav
+from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.state import Layout
 
 CROPS = ((64, 2), (32, 2))  # size, number

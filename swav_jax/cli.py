@@ -19,9 +19,9 @@ from typing import Any, TextIO
 
 from ml_collections import ConfigDict
 
-from swav_jax.config_file import BOOLEANS, load_config, override
+from swav_jax.config.file import BOOLEANS, load_config, override
 from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 
 class Parser(argparse.ArgumentParser):

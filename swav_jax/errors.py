@@ -7,7 +7,7 @@ import errno
 import os
 from typing import Any
 
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 _REMEDIES = {
     errno.EACCES: 'allow it, or name another place',

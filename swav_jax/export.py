@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from swav_jax import cli, torch_weights
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.errors import UserError
-from swav_jax.printable import printable
-from swav_jax.torch_layouts import LAYOUTS
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.terminal import printable
+from swav_jax.torch_weights.layouts import LAYOUTS
 
 
 def export(

@@ -34,9 +34,9 @@ from ml_collections import ConfigDict
 
 from swav_jax import cli
 from swav_jax import config as settings
+from swav_jax.cpu.host_memory import keep_freed_memory
 from swav_jax.errors import RunFailedError, StoppedError, UserError
-from swav_jax.host_memory import keep_freed_memory
-from swav_jax.signals import Signals
+from swav_jax.runs.signals import Signals
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -78,7 +78,7 @@ def _main(argv: Sequence[str]) -> int:
     if flags.config is None:
         raise UserError('--config is missing: name a file of settings, as configs/swav_r50.py')
     if flags.plan:
-        from swav_jax import plan
+        from swav_jax.commands import plan
 
         plan.show(flags.config, flags.replicas, flags.images_per_second)
         return 0
@@ -87,7 +87,7 @@ def _main(argv: Sequence[str]) -> int:
     keep_freed_memory()
     cli.go_on_without_output()
     with Signals() as signals:  # before JAX starts threads, to which signals would go instead
-        from swav_jax import xla_settings  # late, so that --help and mistakes answer at once
+        from swav_jax.cpu import xla_settings
 
         xla_settings.set_defaults()
         alone = (flags.coordinator, flags.num_processes, flags.process_id) == (None, None, None)
@@ -133,7 +133,7 @@ def _out_of_memory(config: ConfigDict, error: Exception) -> str:
 
 def _train_with_others(flags: argparse.Namespace, signals: Signals) -> int:
     """Join the other processes and train; does not return where something fails."""
-    from swav_jax import distributed, ending
+    from swav_jax.parallel import distributed, ending
 
     line = 'see its output'
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from swav_jax.materialize import computed_once
+from swav_jax.cpu.materialize import computed_once
 
 Schedule = Callable[[Any], Any]
 

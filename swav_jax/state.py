@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from swav_jax import swav
-from swav_jax.mesh import AXES, REPLICATED
+from swav_jax.methods import swav
+from swav_jax.parallel.mesh import AXES, REPLICATED
 from swav_jax.precision import LossScale
 
 SHARDINGS = ('replicated', 'zero')

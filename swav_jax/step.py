@@ -12,9 +12,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from swav_jax import augment, swav
-from swav_jax.mesh import AXES, BATCH, CROPS
+from swav_jax import augment
+from swav_jax.methods import swav
 from swav_jax.models import SwAVNet, head
+from swav_jax.parallel.mesh import AXES, BATCH, CROPS
 from swav_jax.precision import COMPUTE_DTYPES, MIN_SCALE, all_finite
 from swav_jax.state import Layout, TrainState
 

@@ -11,26 +11,28 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import distributed, ending, nan_dump, optim, resume
-from swav_jax import mesh as meshes
-from swav_jax.checkpoint import Checkpoints
-from swav_jax.collapse import Collapse
+from swav_jax import optim
+from swav_jax.cpu.host_memory import give_back_freed_memory
 from swav_jax.data import pipeline, sources
 from swav_jax.data.bad_images import BadImages
 from swav_jax.errors import StoppedError, UserError
 from swav_jax.evaluate import report
 from swav_jax.evaluate.online import OnlineEvaluation, Results
-from swav_jax.host_memory import give_back_freed_memory
-from swav_jax.initial_state import make_schedule, make_state, start_from
-from swav_jax.mesh import put_batch
-from swav_jax.monitor import Monitor
-from swav_jax.nan_skip import SkipBatches, after_nan, batch_of_step
-from swav_jax.printable import printable
-from swav_jax.profiling import Profile
-from swav_jax.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals
+from swav_jax.methods.collapse import Collapse
+from swav_jax.parallel import distributed, ending
+from swav_jax.parallel import mesh as meshes
+from swav_jax.parallel.mesh import put_batch
+from swav_jax.runs import nan_dump, resume
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.runs.initial_state import make_schedule, make_state, start_from
+from swav_jax.runs.monitor import Monitor
+from swav_jax.runs.nan_skip import SkipBatches, after_nan, batch_of_step
+from swav_jax.runs.profiling import Profile
+from swav_jax.runs.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals
+from swav_jax.runs.workdir import explained, locked, open_workdir, write_config
 from swav_jax.state import Layout
 from swav_jax.step import make_train_step
-from swav_jax.workdir import explained, locked, open_workdir, write_config
+from swav_jax.terminal import printable
 
 
 def run(

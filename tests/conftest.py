@@ -14,7 +14,9 @@ import pytest
 import torchvision  # noqa: F401 (first: it crashes the process when TensorFlow came before it)
 from jaxtyping import install_import_hook
 
-install_import_hook(['swav_jax.swav', 'swav_jax.optim', 'swav_jax.augment'], 'beartype.beartype')
+install_import_hook(
+    ['swav_jax.methods.swav', 'swav_jax.optim', 'swav_jax.augment'], 'beartype.beartype'
+)
 
 
 def pytest_configure(config):

@@ -8,7 +8,7 @@ from processes import TINY
 
 from swav_jax import cli, models
 from swav_jax import config as settings
-from swav_jax.checkpoint import Checkpoints
+from swav_jax.runs.checkpoint import Checkpoints
 
 
 def write_run(workdir):

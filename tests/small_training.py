@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swav_jax import config, models, optim, step, swav
-from swav_jax.mesh import AXES, make_mesh, put
+from swav_jax import config, models, optim, step
+from swav_jax.methods import swav
+from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.precision import LossScale
 from swav_jax.state import Layout
 

@@ -22,10 +22,10 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from swav_jax.checkpoint import Checkpoints
-from swav_jax.digest import digest, digests, of_numpy
 from swav_jax.errors import UserError
-from swav_jax.mesh import AXES, put
+from swav_jax.parallel.mesh import AXES, put
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.runs.digest import digest, digests, of_numpy
 
 METADATA = {'config': {'seed': 3, 'loss': {'epsilon': 0.05}, 'crops': [2, 6]}, 'version': '0.1.0'}
 

@@ -230,7 +230,7 @@ COMMANDS = {
             '--distributed': ['maybe'],
         },
     ),
-    'swav_jax.data.preview': (
+    'swav_jax.commands.preview': (
         ['--config={config}'],
         {
             '--output': [*BAD_PATHS, '{folder}', '/dev/full', 'x.foo', 'x.txt'],
@@ -247,7 +247,7 @@ COMMANDS = {
             '--step': ['-1', 'x', '9' * 30],
         },
     ),
-    'swav_jax.replay': ([], {}),
+    'swav_jax.commands.replay': ([], {}),
     'swav_jax.evaluate.knn': (
         [],
         {
@@ -281,19 +281,19 @@ def bad_command_lines():
             yield program, [*flags, *needs, word], ''
     for word, part in BAD_CHANGES:
         yield 'swav_jax.main', ['--config={config}', '--workdir={run}', word], part
-        yield 'swav_jax.data.preview', ['--config={config}', word], part
+        yield 'swav_jax.commands.preview', ['--config={config}', word], part
         yield 'swav_jax.evaluate.knn', ['--config={config}', '--weights={file}', word], part
     for spec in SPECS:
         yield 'swav_jax.main', [f'--config={spec}', '--workdir={run}'], ''
-        yield 'swav_jax.data.preview', [f'--config={spec}', '--output={new}.png'], ''
+        yield 'swav_jax.commands.preview', [f'--config={spec}', '--output={new}.png'], ''
         yield 'swav_jax.evaluate.knn', [f'--config={spec}', '--weights={file}'], ''
     for word in ('--config.seed=1', '--config.nonsense=1'):
         yield 'swav_jax.main', [word], 'needs a --config'
-        yield 'swav_jax.data.preview', [word], '--config is missing'
+        yield 'swav_jax.commands.preview', [word], '--config is missing'
         yield 'swav_jax.export', ['--workdir={run}', '--out={new}', word], word
-        yield 'swav_jax.replay', ['{folder}', word], word
+        yield 'swav_jax.commands.replay', ['{folder}', word], word
     for flags in ([], ['{folder}'], ['{file}'], ['{new}'], ['{folder}', '{folder}'], ['a' * 300]):
-        yield 'swav_jax.replay', flags, ''
+        yield 'swav_jax.commands.replay', flags, ''
     for name in EVALUATE:
         program, out = f'swav_jax.evaluate.{name}', ['--out={new}'] * (name in WRITES)
         yield program, [], 'missing'

@@ -2,9 +2,9 @@
 
 import pytest
 
-from swav_jax.collapse import Collapse
 from swav_jax.config import default
 from swav_jax.errors import RunFailedError
+from swav_jax.methods.collapse import Collapse
 
 
 def look_at(rows, **changes):

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from swav_jax import config as settings
-from swav_jax import initial_state, models, optim, recipes, traced
-from swav_jax import mesh as meshes
+from swav_jax import models, optim
+from swav_jax.commands import traced
+from swav_jax.config import recipes
 from swav_jax.errors import UserError
+from swav_jax.parallel import mesh as meshes
+from swav_jax.runs import initial_state
 from swav_jax.step import make_train_step
 
 CONFIGS = Path(__file__).parents[1] / 'configs'

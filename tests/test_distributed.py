@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from processes import ROOT, command, environment, free_port, one_of_two, rows, run
 
-from swav_jax import distributed
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.errors import UserError
+from swav_jax.parallel import distributed
+from swav_jax.runs.checkpoint import Checkpoints
 
 FLAGS = (
     '--config.data.limit=128',

@@ -89,7 +89,8 @@ def test_commands_are_found():
     """So that the tests below look at what they mean to look at."""
     assert len(list(commands())) > 60
     assert set(programs()) == {
-        *('swav_jax.main', 'swav_jax.data.preview', 'swav_jax.export', 'swav_jax.replay'),
+        *('swav_jax.main', 'swav_jax.export'),
+        *('swav_jax.commands.preview', 'swav_jax.commands.replay'),
         *(f'swav_jax.evaluate.{name}' for name in EVALUATE),
         *(str(path.relative_to(ROOT)) for path in (ROOT / 'scripts').glob('*.py')
           if 'sys.argv' in path.read_text() and path.stem != 'benchmark_step'),

@@ -10,11 +10,11 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from configs import demo
 from swav_jax import augment, models
-from swav_jax import mesh as meshes
 from swav_jax.data import pipeline, sources
 from swav_jax.data.images import ArraySource
 from swav_jax.errors import UserError
 from swav_jax.evaluate import clusters, features, knn
+from swav_jax.parallel import mesh as meshes
 
 
 def clouds(seed, rows, classes=7, dim=16):

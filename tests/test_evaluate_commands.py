@@ -15,7 +15,6 @@ from sklearn.linear_model import LogisticRegression
 from configs import demo
 from swav_jax import config as settings
 from swav_jax import models, torch_weights
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.errors import UserError
 from swav_jax.evaluate import (
     classifier,
@@ -30,6 +29,7 @@ from swav_jax.evaluate import (
 )
 from swav_jax.evaluate.classifier import Recipe
 from swav_jax.evaluate.model import load, load_weights, restore_config
+from swav_jax.runs.checkpoint import Checkpoints
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,7 @@ from swav_jax.evaluate import classifier, clusters, command, features, knn, line
 from swav_jax.evaluate.classifier import Recipe
 from swav_jax.evaluate.model import Model
 from swav_jax.evaluate.online import OnlineEvaluation
-from swav_jax.mesh import make_mesh
+from swav_jax.parallel.mesh import make_mesh
 
 SEMI = {'preset': '1', 'crop_scale': ['0.5', '1']}
 LEVELS = {'cat': (250, 10, 10), 'dog': (10, 250, 10), 'cow': (10, 10, 250)}

@@ -14,9 +14,9 @@ from test_models import model_config, shapes, zeros
 from test_torch_weights import SMALL_HEAD, assert_same, load
 
 from swav_jax import config, export, models, torch_weights
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.errors import UserError
 from swav_jax.evaluate import knn
+from swav_jax.runs.checkpoint import Checkpoints
 
 TRUNK = dict(depth=18, width_multiplier=0.125, stem='small')
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'evaluate_torch.py'

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent / 'swav_jax'
 # What each part must not know, directly or through others.
 FORBIDDEN = {
     'swav_jax': ('jax', 'tensorflow', 'torch', 'flax'),
-    'swav_jax.swav': ('flax', 'tensorflow', 'torch', 'ml_collections'),
+    'swav_jax.methods.swav': ('flax', 'tensorflow', 'torch', 'ml_collections'),
     'swav_jax.optim': ('flax', 'tensorflow', 'torch', 'ml_collections'),
     'swav_jax.step': ('tensorflow', 'torch', 'orbax'),
     'swav_jax.models': ('tensorflow', 'torch', 'orbax'),

@@ -12,8 +12,8 @@ from rich.console import Console
 from tensorboardX.proto import event_pb2
 
 from swav_jax.errors import UserError
-from swav_jax.monitor import Monitor
-from swav_jax.rows import read_rows
+from swav_jax.runs.monitor import Monitor
+from swav_jax.runs.rows import read_rows
 
 KEYS = ['step', 'epoch', 'loss', 'lr', 'images_per_second', 'data_wait', 'loss_over_ln_k']
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from processes import ROOT, environment, rows, run
 
-from swav_jax import replay
+from swav_jax.commands import replay
 from swav_jax.data import pipeline
 
 COUNT, BAD, BATCH = 32, 13, 4
@@ -59,7 +59,7 @@ def test_a_step_that_is_not_finite_is_dumped_and_replayed(flags, tmp_path):
     assert max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == bad, 'the last sound'
 
     again = subprocess.run(
-        [sys.executable, '-m', 'swav_jax.replay', str(dump)],
+        [sys.executable, '-m', 'swav_jax.commands.replay', str(dump)],
         cwd=ROOT,
         env=environment(),
         capture_output=True,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, command, environment, rows
 
-from swav_jax.data import preview
+from swav_jax.commands import preview
 
 FULL = Path('/dev/full')
 needs_full = pytest.mark.skipif(not FULL.exists(), reason='no full device here')

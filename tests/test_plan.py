@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from swav_jax import config as settings
-from swav_jax import plan, traced
+from swav_jax.commands import plan, traced
 from swav_jax.main import main
 
 ROOT = Path(__file__).parent.parent

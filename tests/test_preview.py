@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from swav_jax import config as settings
-from swav_jax.data import preview
+from swav_jax.commands import preview
 
 
 def demo_config(**data):

@@ -6,7 +6,7 @@ import pytest
 from small_training import make_update, random_crops, small_config, start
 
 from swav_jax import config as settings
-from swav_jax import traced
+from swav_jax.commands import traced
 
 
 def after_a_step(**changes):

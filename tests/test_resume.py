@@ -11,7 +11,7 @@ from processes import ROOT, command, environment, rows, run
 
 from swav_jax.config import default, to_dict
 from swav_jax.errors import UserError
-from swav_jax.resume import check_config, read_notes
+from swav_jax.runs.resume import check_config, read_notes
 
 
 @pytest.mark.slow

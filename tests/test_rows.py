@@ -9,8 +9,8 @@ import signal
 import pytest
 
 from swav_jax import atomic
-from swav_jax.rows import Rows, put_aside_if_no_json, read_rows
-from swav_jax.workdir import _OWN
+from swav_jax.runs.rows import Rows, put_aside_if_no_json, read_rows
+from swav_jax.runs.workdir import _OWN
 
 SOUND = b'{"step": 1, "loss": 2.0}\n{"step": 5, "loss": null}\n'
 DAMAGE = {

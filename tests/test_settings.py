@@ -8,11 +8,12 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from swav_jax import config as settings
-from swav_jax import models, validation
+from swav_jax import models
+from swav_jax.config import validation
+from swav_jax.config.schedule_checks import check_schedule
 from swav_jax.errors import UserError
-from swav_jax.initial_state import make_schedule
 from swav_jax.main import main
-from swav_jax.schedule_checks import check_schedule
+from swav_jax.runs.initial_state import make_schedule
 
 LR = 'optimizer.param_schedulers.lr'
 HUGE = 10**5000  # Python refuses to print it

@@ -14,8 +14,9 @@ from golden_weights import state_dict
 from jax.sharding import PartitionSpec as P
 from small_training import make_update, random_crops, small_config, start
 
-from swav_jax import step, swav, torch_weights
-from swav_jax.mesh import AXES, make_mesh, put
+from swav_jax import step, torch_weights
+from swav_jax.methods import swav
+from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.precision import LossScale
 
 FOLDER = Path(__file__).parent / 'golden'

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from swav_jax import swav
-from swav_jax.mesh import AXES, BATCH, make_mesh
+from swav_jax.methods import swav
+from swav_jax.parallel.mesh import AXES, BATCH, make_mesh
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'swav_loss.npz')
 META = json.loads(str(GOLDEN['meta']))

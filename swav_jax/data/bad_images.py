@@ -9,7 +9,7 @@ import numpy as np
 from swav_jax import atomic
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 
 class BadImages:

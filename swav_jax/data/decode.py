@@ -27,7 +27,7 @@ import tensorflow as tf
 from PIL import Image, features
 
 from swav_jax.data.images import ArraySource, FileSource, RangeSource, Source
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 Sample = dict[str, tf.Tensor]
 Box = tuple[float, float, float, float]  # as PIL has it: left, upper, right, lower

@@ -13,7 +13,7 @@ from swav_jax.data.images import FileSource
 from swav_jax.data.names import EXTENSIONS, is_image, some
 from swav_jax.data.regular import absolute, open_regular, read_regular
 from swav_jax.errors import UserError
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 OPTIONS = ('labels', 'remove_img_path_prefix', 'new_img_path_prefix')
 LOOKED_FOR = 100  # files that are looked for when a list is opened

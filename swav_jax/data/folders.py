@@ -14,14 +14,14 @@ from swav_jax.data.listing import Stamps, remembered, stamp
 from swav_jax.data.names import EXTENSIONS, Remarks, is_hidden, is_image, is_other_picture, some
 from swav_jax.data.regular import absolute
 from swav_jax.errors import UserError
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 # A run's folder holds most of these files. A folder of data has no reason to hold three.
 RUN_FILES = frozenset(('lock', 'config.json', 'metrics.jsonl', 'events.jsonl', 'summary.json'))
 HIDDEN = 'left out hidden folders, which torchvision would take for classes or search'
 HIDDEN_FILES = 'left out hidden files that are named as images'
 RUNS = 'left out folders of runs with their pictures'
-PREVIEWS = 'left out pictures that swav_jax.data.preview drew'
+PREVIEWS = 'left out pictures that swav_jax.commands.preview drew'
 NO_FILES = 'left out what is named as an image but is no file (a pipe, a device, a broken link)'
 OTHERS = 'left out pictures of formats that are not read; convert them to JPEG or PNG'
 BESIDE = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 EXTENSIONS = (
     '.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.gif', '.webp', '.ppm', '.pgm', '.pbm',

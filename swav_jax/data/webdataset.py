@@ -19,7 +19,7 @@ from swav_jax.data.listing import remembered, stamp
 from swav_jax.data.names import EXTENSIONS, Remarks, is_hidden, is_image, is_other_picture
 from swav_jax.data.regular import absolute, open_regular
 from swav_jax.errors import UserError
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 MAX_SHARDS = 100_000
 BLOCK = 512

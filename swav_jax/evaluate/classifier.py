@@ -15,8 +15,6 @@ from rich.progress import track
 
 from swav_jax import augment, models
 from swav_jax import config as settings
-from swav_jax import mesh as meshes
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.data import pipeline
 from swav_jax.data.bad_images import BadImages
 from swav_jax.data.images import Source
@@ -25,7 +23,9 @@ from swav_jax.evaluate import labelled
 from swav_jax.evaluate.features import check, extract
 from swav_jax.evaluate.model import Model
 from swav_jax.models.norm import BatchNorm
-from swav_jax.printable import printable
+from swav_jax.parallel import mesh as meshes
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.terminal import printable
 
 Tree = dict[str, Any]
 Batches = Iterator[dict[str, np.ndarray]]  # `label`, `weight` (B,) and what `Look` wants

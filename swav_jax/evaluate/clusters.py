@@ -18,7 +18,7 @@ import numpy as np
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, features, labelled, outputs
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 _WRITTEN = r'assignments\.csv|soft\.npy|prototype_\d+\.txt'
 

@@ -30,7 +30,7 @@ from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, labelled, outputs
 from swav_jax.models import SwAVNet
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 _WRITTEN = r'(trunk|embeddings|scores\d+|labels|readable|names)\.npy'
 _CHECKED_ROWS = 8192  # of memory maps, at a time

@@ -14,7 +14,7 @@ from swav_jax.data import decode, pipeline
 from swav_jax.data.images import ArraySource, Source
 from swav_jax.evaluate import clusters, knn
 from swav_jax.evaluate.features import Features
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 THUMBNAIL = 64  # pixels
 

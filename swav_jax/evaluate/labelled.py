@@ -17,7 +17,7 @@ import numpy as np
 
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 SHOWN = 5  # names in a line
 

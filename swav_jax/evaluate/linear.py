@@ -28,14 +28,14 @@ from pathlib import Path
 from typing import Any
 
 from swav_jax import atomic
+from swav_jax.cpu.host_memory import total_bytes
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, labelled, logistic, outputs
 from swav_jax.evaluate.classifier import Recipe, accuracies, describe, fit
 from swav_jax.evaluate.features import check
 from swav_jax.evaluate.model import Model
-from swav_jax.host_memory import total_bytes
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 PRESETS = {
     'swav': Recipe(epochs=100, learning_rate=0.3, weight_decay=1e-6),

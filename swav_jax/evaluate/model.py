@@ -13,15 +13,16 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from swav_jax import config as settings
-from swav_jax import digest, models, torch_weights
-from swav_jax.checkpoint import Checkpoints
-from swav_jax.config_file import override
+from swav_jax import models, torch_weights
+from swav_jax.config.file import override
 from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate.features import Features, extract
 from swav_jax.precision import COMPUTE_DTYPES
-from swav_jax.printable import printable
+from swav_jax.runs import digest
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.terminal import printable
 
 LOG = logging.getLogger(__name__)
 

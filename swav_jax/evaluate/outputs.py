@@ -15,7 +15,7 @@ from pathlib import Path
 
 from swav_jax import atomic
 from swav_jax.errors import UserError
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 # Endings of names that are meant as files.
 _FILES = (

@@ -32,9 +32,9 @@ from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import clusters, command, figures, gallery, labelled, tsne
 from swav_jax.evaluate.features import Features, check
-from swav_jax.monitor import read_rows
-from swav_jax.printable import printable
-from swav_jax.tensorboard import TensorBoard
+from swav_jax.runs.monitor import read_rows
+from swav_jax.runs.tensorboard import TensorBoard
+from swav_jax.terminal import printable
 
 MAPPED = 1000  # images in the map; its cost grows with their square
 PICTURED = 2000  # images to look at, where none are named

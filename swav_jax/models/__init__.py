@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from swav_jax.config import default
+from swav_jax.config.validation import WIDEST
 from swav_jax.errors import UserError
 from swav_jax.models import regnet
 from swav_jax.models.conv import Conv
@@ -17,7 +18,6 @@ from swav_jax.models.norm import BatchNorm
 from swav_jax.models.regnet import RegNet
 from swav_jax.models.remat import scan_passes
 from swav_jax.models.resnet import BLOCKS, ResNet, expansion, stem_width
-from swav_jax.validation import WIDEST
 
 # Settings under config.model.trunk that a trunk reads, beside `name` and `stem`; a RegNet that goes
 # by torchvision's name reads none.

@@ -9,8 +9,8 @@ import functools
 import jax
 from jax import lax
 
-from swav_jax.mesh import vary_alike
-from swav_jax.models.conv2d_cpu import conv2d_cpu, conv2d_xla
+from swav_jax.cpu.conv2d import conv2d_cpu, conv2d_xla
+from swav_jax.parallel.mesh import vary_alike
 
 
 def conv2d(

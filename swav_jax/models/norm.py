@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from swav_jax.mesh import vary_alike
 from swav_jax.models.remat import STATISTICS
+from swav_jax.parallel.mesh import vary_alike
 
 
 class BatchNorm(nn.Module):

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from swav_jax.materialize import computed_once
+from swav_jax.cpu.materialize import computed_once
 
 
 @jax.custom_vjp

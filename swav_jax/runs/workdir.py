@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 from swav_jax import atomic
 from swav_jax import config as settings
 from swav_jax.errors import UserError, os_error_line
-from swav_jax.printable import printable
-from swav_jax.rows import put_aside_if_no_json
+from swav_jax.runs.rows import put_aside_if_no_json
+from swav_jax.terminal import printable
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST_NAME = 300  # bytes of the longest path below the folder

@@ -20,8 +20,8 @@ from typing import NoReturn
 import jax
 from jax._src import distributed as jax_distributed
 
-from swav_jax.printable import printable
-from swav_jax.signals import say
+from swav_jax.runs.signals import say
+from swav_jax.terminal import printable
 
 HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
 _NOTICE = 5  # seconds in which a process may find out by itself what another one tells it

@@ -9,11 +9,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import mesh as meshes
-from swav_jax import models, optim, swav, torch_weights
+from swav_jax import models, optim, torch_weights
+from swav_jax.config.schedule_checks import check_schedule
 from swav_jax.errors import UserError
+from swav_jax.methods import swav
+from swav_jax.parallel import mesh as meshes
 from swav_jax.precision import COMPUTE_DTYPES, LossScale
-from swav_jax.schedule_checks import check_schedule
 from swav_jax.state import Layout, TrainState
 
 

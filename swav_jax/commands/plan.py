@@ -10,11 +10,12 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import mesh as meshes
-from swav_jax import optim, traced
+from swav_jax import optim
+from swav_jax.commands import traced
 from swav_jax.data import sources
 from swav_jax.errors import UserError
-from swav_jax.initial_state import make_schedule, make_state
+from swav_jax.parallel import mesh as meshes
+from swav_jax.runs.initial_state import make_schedule, make_state
 from swav_jax.state import TrainState
 from swav_jax.step import make_train_step
 from swav_jax.train import check_float64

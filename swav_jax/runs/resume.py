@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 
 import swav_jax
 from swav_jax import config as settings
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
+from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.state import Layout, TrainState
 
 # A change here gives the arrays of a state another meaning (model, optimizer and its schedule, what

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from swav_jax.config.schedule_checks import check_schedule, value_of
 from swav_jax.errors import UserError, refusal
-from swav_jax.printable import printable
-from swav_jax.schedule_checks import check_schedule, value_of
+from swav_jax.terminal import printable
 
 SCHEDULES = 'optimizer.param_schedulers.lr'  # checked by its kind, not by its default
 MOST_STEPS = 2**31 - 1  # steps are counted in int32

@@ -30,7 +30,8 @@ def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: in
       SkipBatches: `config.train.on_nan` is 'skip', and not too often did it.
       RunFailedError: otherwise.
     """
-    text = f'step {step:,} is not finite; python -m swav_jax.replay {folder} shows it again'
+    again = f'python -m swav_jax.commands.replay {folder} shows it again'
+    text = f'step {step:,} is not finite; {again}'
     most = config.train.max_nan_skips
     if config.train.on_nan == 'skip' and skips < most:
         if jax.process_index() == 0:

@@ -1,6 +1,6 @@
 r"""What the network sees: a picture of images, the boxes of their crops, and the finished crops.
 
-    python -m swav_jax.data.preview --config FILE [--config.SETTING=VALUE ...] \
+    python -m swav_jax.commands.preview --config FILE [--config.SETTING=VALUE ...] \
         [--output preview.png] [--images 6]
 
 One row an image. On the left the image as it was decoded, with a box for each crop; on the right
@@ -27,7 +27,7 @@ from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
 from swav_jax.errors import UserError
 from swav_jax.evaluate import figures
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,8 +15,8 @@ from flax.traverse_util import unflatten_dict
 
 from swav_jax import atomic
 from swav_jax.errors import UserError
-from swav_jax.printable import printable
-from swav_jax.torch_layouts import (
+from swav_jax.terminal import printable
+from swav_jax.torch_weights.layouts import (
     LAYOUTS,
     VISSL,
     Key,
@@ -249,7 +249,7 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
 
 
 def _read_run(workdir: Path) -> dict[str, np.ndarray]:
-    from swav_jax.checkpoint import Checkpoints
+    from swav_jax.runs.checkpoint import Checkpoints
 
     if not (workdir / 'checkpoints').is_dir():
         raise UserError(

@@ -13,11 +13,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from swav_jax import distributed, swav
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
-from swav_jax.mesh import AXES, BATCH, CROPS
+from swav_jax.methods import swav
 from swav_jax.models import SwAVNet, head
+from swav_jax.parallel import distributed
+from swav_jax.parallel.mesh import AXES, BATCH, CROPS
+from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.state import Layout, TrainState
 from swav_jax.step import forward, loss_settings, multi_crop
 

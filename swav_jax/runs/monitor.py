@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from swav_jax import atomic
-from swav_jax.rows import Rows, put_aside_if_no_json, read_rows
-from swav_jax.tensorboard import TensorBoard
-from swav_jax.workdir import explanation
+from swav_jax.runs.rows import Rows, put_aside_if_no_json, read_rows
+from swav_jax.runs.tensorboard import TensorBoard
+from swav_jax.runs.workdir import explanation
 
 _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
 _COLUMNS = ('epoch', 'loss', 'lr', 'images_per_second', 'data_wait', 'loss_over_ln_k')

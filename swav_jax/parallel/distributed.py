@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 import swav_jax
 from swav_jax import config as settings
-from swav_jax import ending
 from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
+from swav_jax.parallel import ending
 
 JOIN_TIMEOUT = 100  # seconds
 

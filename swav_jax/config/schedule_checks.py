@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from swav_jax.errors import UserError, refusal
-from swav_jax.printable import printable
+from swav_jax.terminal import printable
 
 # The parts of each kind. Beside them the outermost schedule may have COMMON.
 KINDS = {

@@ -38,10 +38,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from swav_jax import digest
-from swav_jax.distributed import ApartError, Barriers
 from swav_jax.errors import SaidElsewhereError, UserError
-from swav_jax.printable import printable
+from swav_jax.parallel.distributed import ApartError, Barriers
+from swav_jax.runs import digest
+from swav_jax.terminal import printable
 
 _NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # What keeps a process from a file, whatever the file holds.

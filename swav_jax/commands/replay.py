@@ -1,6 +1,6 @@
 """Make a step again that was not finite.
 
-    python -m swav_jax.replay RUN/nan_dump
+    python -m swav_jax.commands.replay RUN/nan_dump
 
 It reads the state and the settings from the dump and the images from where they were, makes the one
 step, and tells which numbers are not finite. Exit codes: 3 the step is not finite again, 0 it is
@@ -18,16 +18,16 @@ import numpy as np
 
 from swav_jax import cli
 from swav_jax import config as settings
-from swav_jax import mesh as meshes
-from swav_jax.checkpoint import Checkpoints
 from swav_jax.data import pipeline, sources
 from swav_jax.data.images import Source
-from swav_jax.digest import named
 from swav_jax.errors import UserError
 from swav_jax.evaluate.model import restore_config
-from swav_jax.initial_state import make_schedule, make_state
-from swav_jax.printable import printable
+from swav_jax.parallel import mesh as meshes
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.runs.digest import named
+from swav_jax.runs.initial_state import make_schedule, make_state
 from swav_jax.step import make_train_step
+from swav_jax.terminal import printable
 
 
 def replay(folder: Path) -> dict[str, float]:

@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax import numpy as jnp
 
-from swav_jax.materialize import computed_once
+from swav_jax.cpu.materialize import computed_once
 
 
 def conv2d_xla(x, kernel, *, stride, padding, groups=1):

@@ -3,7 +3,7 @@
 Settings carry VISSL's names where VISSL has one (config/defaults.yaml). A config file calls
 `default()`, changes what its recipe changes, and returns it; `validate` refuses what cannot work
 before anything is compiled. A setting has the type of its default, and its range in
-swav_jax/validation.py.
+swav_jax/config/validation.py.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from swav_jax import validation
+from swav_jax.config import validation
 from swav_jax.errors import UserError
 
 

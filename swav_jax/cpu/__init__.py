@@ -1,0 +1,1 @@
+"""What exists only because XLA on the CPU is slow or hungry."""
