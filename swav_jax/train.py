@@ -64,10 +64,11 @@ def run(
       RunFailedError: not a number, or a collapse.
       StoppedError: a signal came; a checkpoint is saved.
     """
+    with distributed.failing_together():
+        settings.validate(config)
     distributed.check_same_settings(config)
     with contextlib.ExitStack() as stack:
         with distributed.failing_together():
-            settings.validate(config)
             check_float64(config)
             workdir = open_workdir(workdir)
             stack.enter_context(explained(workdir))

@@ -21,6 +21,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from refusals import another_user
 
 from swav_jax.errors import UserError
 from swav_jax.parallel.mesh import AXES, put
@@ -211,6 +212,35 @@ def test_refuses_when_none_loads(copied):
         pytest.raises(UserError, match=r'no checkpoint of step 2, 1 in .* loads'),
     ):
         checkpoints.restore(make_state(0))
+
+
+@pytest.mark.parametrize('mode', [0o000, 0o444, 0o111])
+def test_a_checkpoint_of_another_user_is_not_damaged(copied, mode):
+    """A run that took it for damaged would go on from the older one, and set it aside."""
+    step = copied / '2'
+    paths = [step, *step.rglob('*')]
+    kept_away = [p for p in paths if mode != 0o111 or not p.is_dir() or any(p.iterdir())]
+    for path in kept_away:
+        if mode == 0o444 and path.is_file():
+            continue
+        usual = path.stat().st_mode
+        path.chmod(mode)
+        with (
+            another_user(copied),
+            closing(Checkpoints(copied)) as checkpoints,
+            pytest.raises(UserError, match=r'2 cannot be read \(.*: Permission denied\): give its'),
+        ):
+            checkpoints.restore(make_state(0))
+        path.chmod(usual)
+    assert {path.name for path in copied.iterdir()} == {'1', '2'}
+
+
+def test_a_pipe_in_a_checkpoint_is_damage_that_nothing_waits_for(copied):
+    path = next(path for path in (copied / '2').rglob('*') if path.is_file())
+    path.unlink()
+    os.mkfifo(path)
+    with closing(Checkpoints(copied)) as checkpoints:
+        assert checkpoints.restore(make_state(0))[1]['step'] == 1
 
 
 def test_parts_are_read_without_the_rest(copied):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -98,6 +99,16 @@ def cut(name):
     return damage
 
 
+def piped(name):
+    """Put a named pipe into its place, through which nothing comes."""
+
+    def damage(dump):
+        (dump / name).unlink()
+        os.mkfifo(dump / name)
+
+    return damage
+
+
 def images(change):
     """Change the images that the run was trained on."""
 
@@ -110,6 +121,7 @@ def images(change):
 
 DUMPS = {
     'no about.json': lambda dump: (dump / 'about.json').unlink(),
+    'about.json is a pipe': piped('about.json'),
     'an empty about.json': written('about.json', b''),
     'about.json is a list': written('about.json', b'[]'),
     'about.json is no text': written('about.json', b'\xff\x00'),
@@ -121,6 +133,7 @@ DUMPS = {
     'an edited config': edited(lambda about: about['config']['model']['head'].update(dims=[0, 9])),
     'a config of another kind': edited(lambda about: about.update(config=[])),
     'no arrays.npz': lambda dump: (dump / 'arrays.npz').unlink(),
+    'arrays.npz is a pipe': piped('arrays.npz'),
     'arrays.npz is cut': cut('arrays.npz'),
     'arrays.npz is something else': written('arrays.npz', b'PK'),
     'arrays.npz holds objects': another_arrays(index=np.array([{}], object)),

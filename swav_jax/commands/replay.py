@@ -7,6 +7,7 @@ step, and tells which numbers are not finite. Exit codes: 3 the step is not fini
 finite now, 2 something to mend. Run it on as many devices as the run had for the very same numbers.
 """
 
+import errno
 import json
 import sys
 from collections.abc import Sequence
@@ -118,6 +119,8 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """
     path = folder / 'arrays.npz'
     try:
+        if not path.is_file():  # numpy would wait for what comes through a named pipe
+            raise FileNotFoundError(errno.ENOENT, 'it is missing, or no file')
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         numbers = all(x.dtype.kind in 'biuf' for x in arrays.values())

@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
 import threading
@@ -357,7 +358,23 @@ class Checkpoints:
         with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
             return reader.restore(self.plain_path / str(step) / item, args=args)
 
+    def _check_files(self, step: int) -> None:
+        """Raise what orbax would not: it takes a folder that may not be entered for an empty one.
+
+        Of a named pipe it would wait for what comes through.
+        """
+
+        def refuse(error):
+            raise error
+
+        for folder, _, names in os.walk(self._path(step), onerror=refuse):
+            for path in (Path(folder, name) for name in names):
+                if not stat.S_ISREG(path.stat().st_mode):
+                    raise ValueError(f'{path.name} is no file')
+                path.open('rb').close()
+
     def _content(self, step: int) -> dict:
+        self._check_files(step)
         content = self._read(step, 'metadata', ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
         if content.pop('sha256', None) != _sha256(content) or not _is_well_formed(content):
             raise ValueError('its metadata is not what was written')
@@ -415,8 +432,9 @@ class Checkpoints:
         except (UserError, MemoryError, jax.errors.JaxRuntimeError):  # not the file's fault
             raise
         except Exception as error:  # a damaged file fails in as many ways as it has bytes
-            problem = _first_line(error)
-            kind = _KEPT_AWAY if _refusal(error, _NO_ACCESS) else _DAMAGED
+            problem, kind = _first_line(error), _DAMAGED
+            if refused := _refusal(error, _NO_ACCESS):
+                problem, kind = refused, _KEPT_AWAY
         worst = _largest(kind)
         if worst == _KEPT_AWAY:
             raise UserError(
@@ -516,8 +534,9 @@ class Checkpoints:
                 raise UserError(self._no_space(reason)) from error
             if reason := _refusal(error, _REFUSED) or _status(error):
                 raise UserError(
-                    f'no checkpoint can be written into {self._shown} ({reason}): make it a folder '
-                    'that can be written, or name another --workdir'
+                    f'no checkpoint can be written into {self._shown}, or no old one removed '
+                    f'({reason}): give it and what it holds to the user who runs this, or name '
+                    'another --workdir'
                 ) from error
             if isinstance(error, ApartError):
                 raise UserError(

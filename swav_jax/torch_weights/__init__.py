@@ -81,7 +81,7 @@ def to_torch(
 
 
 def load_into(
-    params: Mapping, batch_stats: Mapping, path: str | Path, *, allow_partial: bool = False
+    params: Mapping, batch_stats: Mapping, path: str | Path, *, allow_partial: bool | None = None
 ) -> tuple[dict, dict]:
     """The variables with the values of PyTorch weights, or of another run, where these have them.
 
@@ -91,7 +91,8 @@ def load_into(
     Args:
       params, batch_stats: of a `SwAVNet`; values are converted to their dtypes.
       path: see `read`.
-      allow_partial: load what fits of a file that is not of this trunk.
+      allow_partial: load what fits of a file that is not of this trunk; None: never, and no error
+        advises it.
 
     Raises:
       UserError: the file cannot be read, is not of this trunk, nothing of it fits, or a tensor
@@ -386,7 +387,7 @@ def _check_trunk(
     tensors: Mapping[Key, Any],
     loaded: Mapping[Key, Any],
     problems: Mapping[str, list[str]],
-    allow_partial: bool,
+    allow_partial: bool | None,
 ) -> None:
     lists = []
     for kind, names in problems.items():
@@ -398,5 +399,5 @@ def _check_trunk(
         raise UserError(
             f'{printable(path)} is not of this trunk, it fills {covered} of its {total} tensors ('
             f'{"; ".join(lists)}): set config.model.trunk as it was when they were trained'
-            + (', or config.init_allow_partial' if covered else '')
+            + (', or config.init_allow_partial' if covered and allow_partial is not None else '')
         )
