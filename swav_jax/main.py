@@ -98,9 +98,9 @@ def _main(argv: Sequence[str]) -> int:
 
 def _train(flags: argparse.Namespace, signals: Signals) -> int:
     try:
-        from swav_jax import train
+        from swav_jax import training
 
-        train.run(
+        training.run(
             flags.config,
             flags.workdir,
             signals=signals,

@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from swav_jax.errors import UserError
 
 # float64, parameters and all, is for checking the arithmetic; it needs jax_enable_x64.
 COMPUTE_DTYPES = {
@@ -50,3 +53,20 @@ class LossScale(NamedTuple):
 def all_finite(tree) -> jax.Array:
     """Whether no entry of any leaf is NaN or infinite; () bool."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def check_float64(config: ConfigDict) -> None:
+    """Refuse settings that ask for float64 where JAX would quietly compute in float32.
+
+    Raises:
+      UserError: float64 is not enabled.
+    """
+    for name, wanted in (
+        ('precision', config.precision == 'float64'),
+        ('loss.use_double_precision', config.loss.use_double_precision),
+    ):
+        if wanted and not jax.config.jax_enable_x64:
+            raise UserError(
+                f'config.{name} asks for float64, which JAX leaves off: set JAX_ENABLE_X64=True in '
+                'the environment'
+            )

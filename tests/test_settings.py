@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 
 from swav_jax import config as settings
-from swav_jax import models, train
+from swav_jax import models, training
 from swav_jax.config import validation
 from swav_jax.config.schedule_checks import check_schedule
 from swav_jax.errors import UserError
@@ -271,7 +271,7 @@ def test_a_run_refuses_what_json_cannot_hold(value, tmp_path):
     """Before processes compare their settings as JSON."""
     for name in ('data.num_crops', 'data.mean', 'model.head.dims', 'data.crop_scales'):
         with pytest.raises(UserError, match=f'config.{name}='):
-            train.run(with_changes((name, value)), tmp_path)
+            training.run(with_changes((name, value)), tmp_path)
 
 
 # Schedules, by the part that is wrong: what is changed, in a composite or in a whole schedule.

@@ -4,7 +4,7 @@ import jax
 import pytest
 from processes import TINY
 
-from swav_jax import main, train
+from swav_jax import main, training
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_step_more_is_three_numbers_more(fetched, tmp_path):
         )
         values = main.parse(['', f'--config={TINY}', *flags])
         fetched.clear()
-        train.run(values.config, tmp_path / str(steps))
+        training.run(values.config, tmp_path / str(steps))
         counts.append(list(fetched))
     news = ((3,), 'int32')
     assert [entry.count(news) for entry in counts] == [12, 22]

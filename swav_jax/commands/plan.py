@@ -15,10 +15,10 @@ from swav_jax.commands import traced
 from swav_jax.data import sources
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
+from swav_jax.precision import check_float64
 from swav_jax.runs.initial_state import make_schedule, make_state
 from swav_jax.state import TrainState
 from swav_jax.step import make_train_step
-from swav_jax.train import check_float64
 
 IMAGENET = 1_281_167  # images of the training set
 # JPEGs of 500×375 that one core decodes onto a canvas of 512² in a second, with the boxes.

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -9,16 +10,15 @@ from ml_collections import ConfigDict
 from swav_jax.errors import RunFailedError
 
 
-class SkipBatches(Exception):
-    """Training goes on from the last checkpoint, and past batch `last`, for the `count`th time."""
+class SkipBatches(NamedTuple):
+    """Train again from the last checkpoint, and past batch `last`, for the `count`th time."""
 
-    def __init__(self, last: int, count: int):
-        super().__init__(last, count)
-        self.last, self.count = last, count
+    last: int
+    count: int
 
 
-def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: int) -> None:
-    """End the run, or begin again without the batches that led here.
+def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: int) -> SkipBatches:
+    """End the run, or say which batches to leave out.
 
     Args:
       config: the settings.
@@ -26,9 +26,11 @@ def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: in
       step, batch: the step, and the number of its batch.
       skips: how often this run began again already.
 
+    Returns:
+      The batches, if `config.train.on_nan` is 'skip'.
+
     Raises:
-      SkipBatches: `config.train.on_nan` is 'skip', and not too often did it.
-      RunFailedError: otherwise.
+      RunFailedError: it is 'stop', or batches were left out too often already.
     """
     again = f'python -m swav_jax.commands.replay {folder} shows it again'
     text = f'step {step:,} is not finite; {again}'
@@ -36,7 +38,7 @@ def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: in
     if config.train.on_nan == 'skip' and skips < most:
         if jax.process_index() == 0:
             print(f'{text}. Leaving out the batches since the last checkpoint', file=sys.stderr)
-        raise SkipBatches(batch, skips + 1)
+        return SkipBatches(batch, skips + 1)
     if config.train.on_nan == 'skip':
         text += f'. Batches were left out config.train.max_nan_skips={most} times already'
     raise RunFailedError(

@@ -1,0 +1,64 @@
+"""A run, from its settings to what it learned: `run`, read from top to bottom."""
+
+import contextlib
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from swav_jax import config as settings
+from swav_jax import precision
+from swav_jax.evaluate.online import Results
+from swav_jax.parallel import distributed
+from swav_jax.runs.nan_skip import SkipBatches
+from swav_jax.runs.signals import Signals
+from swav_jax.runs.workdir import explained, locked, open_workdir
+from swav_jax.training.loop import train
+from swav_jax.training.setup import set_up
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    signals: Signals | None = None,
+    force: bool = False,
+    profile: int = 0,
+) -> Results:
+    """Train as `config` says, or resume the run in `workdir` where it stopped.
+
+    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json and, with
+    `config.evaluate.report`, the page and the pictures of `evaluate.report` into `workdir`;
+    nan_dump/ where a step is not finite.
+
+    Args:
+      config: the settings.
+      workdir: the run's folder.
+      signals: entered; what it notes ends the run with a checkpoint.
+      force: resume also with a config that changes what was learned.
+      profile: steps to write a trace of, into profile/.
+
+    Returns:
+      The summary that is written to summary.json.
+
+    Raises:
+      UserError: a setting, the data or the folder cannot work.
+      RunFailedError: not a number, or a collapse.
+      StoppedError: a signal came; a checkpoint is saved.
+    """
+    with distributed.failing_together():
+        settings.validate(config)
+    distributed.check_same_settings(config)
+    with contextlib.ExitStack() as stack:
+        with distributed.failing_together():
+            precision.check_float64(config)
+            workdir = open_workdir(workdir)
+            stack.enter_context(explained(workdir))
+            stack.enter_context(locked(workdir))
+        skip = None
+        while True:
+            setup = set_up(config, workdir, force, skip)
+            result = train(setup, signals or Signals(), profile)
+            if not isinstance(result, SkipBatches):
+                return result
+            skip = result
+            del setup  # and its arrays

@@ -1,0 +1,172 @@
+"""What survives a step, and what is done between two."""
+
+import collections
+import contextlib
+import time
+
+import jax
+
+from swav_jax.data import pipeline
+from swav_jax.data.bad_images import BadImages
+from swav_jax.errors import StoppedError, UserError
+from swav_jax.methods.collapse import Collapse
+from swav_jax.parallel import distributed
+from swav_jax.parallel import mesh as meshes
+from swav_jax.runs import nan_dump
+from swav_jax.runs.monitor import Monitor
+from swav_jax.runs.nan_skip import SkipBatches, after_nan
+from swav_jax.runs.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals
+from swav_jax.training.setup import Setup
+
+
+class Progress:
+    """What survives a step, and what is done between two.
+
+    Attributes:
+      state: after the last step that was queued.
+      notes: what a checkpoint carries beside it, as in `Setup`.
+      skip: set by `confirm` where the run is to begin again.
+    """
+
+    def __init__(self, setup: Setup, monitor: Monitor, signals: Signals):
+        self.state, self.notes = setup.state, setup.notes
+        self.skip: SkipBatches | None = None
+        self._setup, self._monitor, self._signals = setup, monitor, signals
+        self._queued: collections.deque[tuple[int, pipeline.Batch, jax.Array]] = collections.deque()
+        self._collapse = Collapse(setup.config)
+        self._last_save = time.monotonic()
+        self._bad_images = BadImages(
+            setup.source,
+            setup.workdir / 'bad_images.txt',
+            setup.config.data.max_bad_fraction,
+            writes=jax.process_index() == 0,
+        )
+
+    @property
+    def news(self) -> jax.Array | None:
+        """The last queued step's, as `make_train_step` says; None once it is confirmed."""
+        return self._queued[-1][2] if self._queued else None
+
+    def wanted(self) -> int:
+        """What this process asks of all: 0, STOP or STOP_FOR_USER."""
+        return max(self._signals.request, STOP if self._monitor.failure else 0)
+
+    def request(self) -> int:
+        """The same, or SAVE where a checkpoint is due by the clock, which is that of process 0."""
+        minutes = self._setup.config.checkpoint.every_minutes
+        waited = time.monotonic() - self._last_save
+        if not self.wanted() and minutes and jax.process_index() == 0 and waited > 60 * minutes:
+            self._last_save = time.monotonic()
+            return SAVE
+        return self.wanted()
+
+    def queued(self, step: int, batch: pipeline.Batch, news: jax.Array) -> None:
+        """Note a step that the devices will make."""
+        news.copy_to_host_async()
+        read = {name: batch[name] for name in ('index', 'weight')}
+        self._queued.append((step, read, news))
+
+    def confirm(self, last: int) -> int:
+        """Wait for the steps up to `last`; what any process asked for in them.
+
+        Raises:
+          RunFailedError: a step is not finite, and `config.train.on_nan` is 'stop'.
+          UserError: too many images cannot be read.
+        """
+        request = 0
+        while self._queued and self._queued[0][0] <= last and not self.skip:
+            step, batch, news = self._queued.popleft()
+            finite, asked, bad = (int(x) for x in jax.device_get(news))
+            if not finite:
+                self.skip = self._after_nan(step)
+            elif bad:
+                note_bad_images(self._bad_images, batch, self._monitor)
+            request = max(request, asked)
+        return request
+
+    def _after_nan(self, step: int) -> SkipBatches:
+        setup = self._setup
+        self._monitor.flush()
+        number = setup.batch_of_step(step)
+        batch = meshes.put_batch(setup.mesh, next(setup.batches(number)))
+        about = setup.about | {'step': step, 'batch': number}
+        folder = nan_dump.write(
+            setup.workdir, setup.net, setup.config, setup.layout, self.state, batch, about
+        )
+        setup.checkpoints.close()
+        return after_nan(setup.config, folder, step, number, setup.skips)
+
+    def look(self, row: dict[str, float] | None) -> None:
+        """Warn of a collapse.
+
+        Raises:
+          RunFailedError: `config.train.on_collapse` is 'stop'.
+        """
+        if warning := self._collapse.look(row):
+            self._monitor.say(warning)
+
+    def evaluate(self, step: int) -> int:
+        """Measure what was learned; what a signal asks for that came meanwhile and ended it.
+
+        Raises:
+          UserError: of the images to evaluate on; what was trained is saved.
+        """
+        self.notes['evaluated'] = False
+        # Several processes evaluate together, and none may leave the others waiting.
+        alone = jax.process_count() == 1
+        try:
+            with self._signals.interruptible() if alone else contextlib.nullcontext():
+                whole = self._setup.layout.gather(self.state)
+                learned = self._setup.evaluation.run(whole, self._monitor.say)
+        except Interrupted:
+            return self._signals.request
+        except UserError:
+            if alone and step > self._setup.first_step:  # others may not know of it
+                self.save(step)
+            raise
+        if step == 0:
+            learned = {f'{name}_untrained': value for name, value in learned.items()}
+        self.notes['results'] |= learned
+        self.notes['evaluated'] = True
+        self._monitor.events(learned, step=step)
+        return 0
+
+    def save(self, step: int) -> None:
+        """Begin to save a checkpoint."""
+        row = self._monitor.flush()
+        state = self._setup.layout.gather(self.state)
+        self._setup.checkpoints.save(step, state, self._setup.about | self.notes)
+        self._last_save = time.monotonic()
+        self.look(row)
+
+    def stop(self, step: int, request: int) -> None:
+        """Save a checkpoint and end the run.
+
+        Raises:
+          StoppedError: always.
+        """
+        self.save(step)
+        self._setup.checkpoints.close()
+        with distributed.failing_together():
+            self._monitor.check()
+        raise StoppedError(step, by_user=request == STOP_FOR_USER)
+
+
+def note_bad_images(bad_images: BadImages, batch: pipeline.Batch, monitor: Monitor) -> None:
+    """List what no process could read of a step's batch.
+
+    The processes speak to each other only in a step that has such images, which its news tell all
+    of them: so they all hold the same list, and stop at the same step.
+
+    Args:
+      bad_images: the list.
+      batch: this process's, of which `index` and `weight` are read.
+      monitor: says what is new.
+
+    Raises:
+      UserError: the list is too long; SaidElsewhereError on all processes but the first.
+    """
+    index, weight = distributed.rows_of_all(batch['index'], batch['weight'])
+    with distributed.failing_together():
+        for name in bad_images.update(index, weight):
+            monitor.say(f'cannot be read, does not count: {name}')

@@ -1,0 +1,190 @@
+"""What a run works with: opened, and taken up where its last checkpoint left it."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from swav_jax import config as settings
+from swav_jax import models, optim
+from swav_jax.data import pipeline, sources
+from swav_jax.evaluate.online import OnlineEvaluation
+from swav_jax.parallel import distributed
+from swav_jax.parallel import mesh as meshes
+from swav_jax.runs import resume
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.runs.initial_state import make_schedule, make_state, start_from
+from swav_jax.runs.nan_skip import SkipBatches, batch_of_step
+from swav_jax.runs.workdir import write_config
+from swav_jax.state import Layout, TrainState
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with, from its start or its last checkpoint on.
+
+    Attributes:
+      config: the settings.
+      workdir: the run's folder.
+      mesh: the devices.
+      source: the images to train on.
+      sizes: of the batch, the epoch, the run.
+      schedule: the learning rate.
+      net, tx: the network and the optimizer.
+      layout: of the state on the mesh.
+      evaluation: what measures the network while it learns.
+      checkpoints: the run's.
+      about: what a checkpoint says of the run, the same in all of them.
+      state: the state that the first step reads.
+      first_step: steps made before.
+      notes: what a checkpoint carries beside the state: see `resume.read_notes`.
+      skips: how often batches were left out after a step that is not finite.
+      said: lines for the user.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    mesh: Mesh
+    source: sources.Source
+    sizes: settings.Sizes
+    schedule: optim.Schedule
+    net: models.SwAVNet
+    tx: optax.GradientTransformation
+    layout: Layout
+    evaluation: OnlineEvaluation
+    checkpoints: Checkpoints
+    about: dict[str, Any]
+    state: TrainState
+    first_step: int
+    notes: dict[str, Any]
+    skips: int
+    said: list[str]
+
+    def batches(self, first: int) -> Iterator[pipeline.Batch]:
+        """This process's share of every batch from number `first` on."""
+        return pipeline.train_batches(
+            self.source,
+            self.config.data,
+            seed=self.config.seed,
+            global_batch=self.sizes.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            first_step=first,
+        )
+
+    def batch_of_step(self, step: int) -> int:
+        """Number of the batch that a step reads."""
+        return batch_of_step(step, self.notes['left_out'])
+
+
+def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | None) -> Setup:
+    """Open what a run needs, and take up its last checkpoint.
+
+    Args:
+      config, workdir, force: as in `run`.
+      skip: leave out the batches from the last checkpoint to this one's last.
+
+    Raises:
+      UserError: a setting, the data or the checkpoint cannot work.
+    """
+    with distributed.failing_together():
+        mesh = meshes.make_mesh(config.model.sync_bn)
+        source = sources.open_source(
+            config.data.source,
+            limit=config.data.limit,
+            channels=config.data.channels,
+            cache_dir=str(workdir),
+        )
+        sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
+        schedule = make_schedule(config, sizes)
+        net, tx, layout, state = make_state(config, sizes, schedule, mesh)
+        evaluation = OnlineEvaluation(config, net, mesh, workdir)
+        about = resume.describe(config, sizes.batch_size, source)
+    distributed.check_same(
+        {f'config.data.source={config.data.source}': about['images']},
+        'give the same images to all of them',
+    )
+    checkpoints = Checkpoints(
+        workdir / 'checkpoints',
+        keep=config.checkpoint.keep,
+        keep_every_steps=config.checkpoint.keep_every_epochs * sizes.steps_per_epoch,
+    )
+    notes, said = {'results': {}, 'evaluated': False, 'left_out': []}, []
+    written = config
+    with distributed.failing_together():
+        restored = resume.restore(checkpoints, layout, config, about, sizes.last_step, force)
+        if restored is not None:
+            state, notes, said = restored.state, restored.notes, restored.said
+            config, written = restored.config, restored.written
+            about |= {'config': settings.to_dict(config)}
+        elif config.init_from:
+            state = start_from(config, layout, state)
+    first_step = int(state.step)
+    if skip is not None:
+        first = batch_of_step(first_step + 1, notes['left_out'])
+        notes['left_out'].append([first, skip.last])
+    if damaged := write_config(written, workdir):
+        said.insert(0, damaged)
+    return Setup(
+        config=config,
+        workdir=workdir,
+        mesh=mesh,
+        source=source,
+        sizes=sizes,
+        schedule=schedule,
+        net=net,
+        tx=tx,
+        layout=layout,
+        evaluation=evaluation,
+        checkpoints=checkpoints,
+        about=about,
+        state=state,
+        first_step=first_step,
+        notes=notes,
+        # Without a checkpoint in between, skips before this one became part of it.
+        skips=max(len(notes['left_out']), skip.count if skip else 0),
+        said=said,
+    )
+
+
+def introduce(setup: Setup, say: Callable[[str], None]) -> None:
+    """Say in a few lines what is about to run."""
+    config, sizes, first_step = setup.config, setup.sizes, setup.first_step
+    count = sum(x.size for x in jax.tree.leaves(setup.layout.whole().params))
+    device = setup.mesh.devices.flat[0]
+    trunk = config.model.trunk
+    name = f'resnet{trunk.depth}' if trunk.name == 'resnet' else trunk.name
+    say(
+        f'{name}, {count / 1e6:.2f} M parameters, {config.precision}; '
+        f'{setup.mesh.size} × {device.device_kind}'
+    )
+    say(
+        f'{sizes.num_images:,} images of {config.data.source}, {sizes.batch_size} a step '
+        f'({config.data.batchsize_per_replica} a device), {sizes.steps_per_epoch:,} steps '
+        f'an epoch, {sizes.last_step:,} in all'
+    )
+    if config.data.channels != 3:
+        say(
+            f'images of config.data.channels={config.data.channels}: saturation, hue and grayscale '
+            'are left out'
+        )
+    for line in optim.unread(config.optimizer):
+        say(line)
+    asked = config.loss.queue.queue_length
+    if asked != sizes.queue_length:
+        say(
+            f'config.loss.queue.queue_length={asked} is lowered to {sizes.queue_length}, '
+            'a multiple of the batch'
+        )
+    if first_step:
+        say(f'going on from step {first_step:,}')
+    for first, last in setup.notes['left_out']:
+        say(f'without batches {first:,} to {last:,}, which led to a step that is not finite')
+    lines = (*setup.source.notes, *setup.evaluation.notes, *setup.said)
+    for line in dict.fromkeys(lines):
+        say(line)
