@@ -299,7 +299,7 @@ def main(name: str, kind: str) -> None:
     run = peer_run(TASKS[name], config) if kind == 'peer' else our_run(config, kind)
     run()
     if kind != 'peer':
-        give_back_freed_memory()  # as swav_jax.train does
+        give_back_freed_memory()  # as swav_jax.training does
     run()
     forget_largest()
     print(json.dumps([0, 0]), flush=True)

@@ -52,5 +52,5 @@ def test_the_input_knows_tensorflow_and_not_jax_and_no_other_part_knows_tensorfl
 
 
 def test_nothing_below_imports_the_training_loop():
-    below = [path for path in ROOT.rglob('*.py') if path.name not in ('main.py', 'train.py')]
+    below = [path for path in ROOT.rglob('*.py') if path.name not in ('main.py', 'training.py')]
     assert not [path for path in below if 'import train' in path.read_text()]
