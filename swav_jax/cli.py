@@ -8,15 +8,20 @@ line, a file or a place to write to is one line, and exit code 2.
 import argparse
 import contextlib
 import difflib
+import functools
+import logging
 import math
 import os
 import re
 import signal
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
 from swav_jax.config.file import BOOLEANS, load_config, override
@@ -190,6 +195,7 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int
     A reader of its output that is gone ends a command without a word, with the code that a shell
     gives to that signal; `go_on_without_output` keeps a run from it.
     """
+    quiet_libraries()
     with _outputs():
         try:
             try:
@@ -208,6 +214,44 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int
                 raise
             tell(line)
             return 2
+
+
+@functools.cache
+def quiet_libraries() -> None:
+    """Keep what TensorFlow and orbax print on their own out of a command's output.
+
+    A command calls it before TensorFlow is imported, which reads its variables then. It is for the
+    whole process, so nothing calls it where swav_jax is a library.
+    """
+    # TensorFlow's log greets the user with pages of plug-ins and has a line for every damaged file
+    # (JAX, where it comes first, sets the level to 1), and oneDNN adds two lines that no level
+    # hides.
+    if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
+        os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+    # Exceptions say what failed. Of one failed read or write orbax logs warnings and several
+    # traces, and the coroutines that it drops print more of them to stderr, at any time later.
+    absl_logging.get_absl_logger().addFilter(
+        lambda record: 'orbax' not in record.pathname or record.levelno < logging.WARNING
+    )
+    logging.getLogger('asyncio').addFilter(lambda record: not _is_of_orbax(record))
+    never_awaited = r"coroutine '.*(serialize|write|save|commit).*' was never awaited"
+    warnings.filterwarnings('ignore', never_awaited, RuntimeWarning)
+    hook = sys.unraisablehook
+
+    def all_but_abandoned_coroutines(unraisable: Any) -> None:
+        coroutine = repr(getattr(unraisable.object, 'cr_code', None))
+        if 'orbax' not in coroutine and str(unraisable.exc_value) != 'Event loop is closed':
+            hook(unraisable)
+
+    sys.unraisablehook = all_but_abandoned_coroutines
+
+
+def _is_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether it tells of a coroutine of orbax, or of an exception that came from there."""
+    error = record.exc_info and record.exc_info[1]
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    return 'orbax' in record.getMessage() or any('orbax' in frame.filename for frame in frames)
 
 
 def failure(error: Exception) -> str | None:

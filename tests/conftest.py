@@ -27,6 +27,14 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
 
 
+@pytest.fixture(scope='session', autouse=True)
+def quiet_libraries():
+    """As every command does: what orbax drops after damage would fail a later test."""
+    from swav_jax import cli
+
+    cli.quiet_libraries()
+
+
 def pytest_collection_modifyitems(items):
     """Skip `gpu` tests where there is none."""
     if jax.default_backend() == 'gpu':

@@ -6,7 +6,9 @@ epoch make, and every random number comes from (seed, epoch, position in the epo
 start at any step without reading what came before, on any number of processes.
 """
 
+import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,8 +19,6 @@ from swav_jax.data import boxes
 from swav_jax.data.decode import GRAY, Sample, add_pixels
 from swav_jax.data.images import ArraySource, Source
 from swav_jax.errors import UserError
-
-tf.config.set_visible_devices([], 'GPU')  # they are the training's
 
 Batch = dict[str, np.ndarray]
 
@@ -77,6 +77,8 @@ def train_dataset(
     look_up = functools.partial(_look_up, len(source), seed)
     draw = functools.partial(boxes.draw, seed, count=rows, crops=len(scales))
 
+    _make_devices()
+
     def samples(step: tf.Tensor) -> tf.data.Dataset:
         epoch = step // steps_per_epoch
         first = (step % steps_per_epoch) * global_batch + process_index * rows
@@ -119,6 +121,7 @@ def eval_batches(
             f'config.evaluate.size={size} is larger than config.evaluate.resize={resize}: the crop '
             'would reach outside of the image'
         )
+    _make_devices()
 
     def cut(batch: Sample) -> tf.Tensor:
         return boxes.centre(batch['original_size'], resize, size)
@@ -155,6 +158,26 @@ def _batch(
     options = tf.data.Options()
     options.deterministic = True
     return dataset.with_options(options)
+
+
+@functools.cache
+def _make_devices() -> None:
+    """Make TensorFlow's devices, unless they are there, as an input beside JAX needs them.
+
+    They are made once in a process, when TensorFlow first computes. It would take a GPU's whole
+    memory, which is the training's: GPUs are hidden here and not at import, so that a program with
+    work of its own for TensorFlow on a GPU keeps it, if that comes first. And with malloc, every
+    batch of 50 MB is new memory that the kernel has to clear, which costs half as much as the
+    decoding; the variable that says so is read now and put back.
+    """
+    with contextlib.suppress(RuntimeError):  # they are made
+        tf.config.set_visible_devices([], 'GPU')
+    name = 'TF_CPU_ALLOCATOR_USE_BFC'
+    given = name in os.environ
+    os.environ.setdefault(name, '1')
+    tf.config.list_logical_devices()
+    if not given:
+        del os.environ[name]
 
 
 def _fill(batch: Batch, rows: int) -> Batch:

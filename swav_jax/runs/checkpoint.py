@@ -14,17 +14,13 @@ import errno
 import functools
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
 import stat
-import sys
 import tempfile
 import threading
 import time
-import traceback
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -79,7 +75,6 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path | str, *, keep: int = 2, keep_every_steps: int = 0):
-        _quiet_orbax()
         self._directory = Path(directory).absolute()
         self._shown = printable(self._directory)
         self._policies = [checkpoint_managers.LatestN(keep)]
@@ -579,36 +574,6 @@ class Checkpoints:
             f'{_size(needed)}, {_size(free)} are free; checkpoints on disk: {steps or "none"}, '
             'intact. Make room or lower config.checkpoint.keep, then start again'
         )
-
-
-@functools.cache
-def _quiet_orbax() -> None:
-    """Leave it to exceptions to say what failed.
-
-    Of one failed read or write orbax logs warnings and several traces, and the coroutines that it
-    drops print more of them to stderr, at any time later.
-    """
-    absl_logging.get_absl_logger().addFilter(
-        lambda record: 'orbax' not in record.pathname or record.levelno < logging.WARNING
-    )
-    logging.getLogger('asyncio').addFilter(lambda record: not _is_of_orbax(record))
-    never_awaited = r"coroutine '.*(serialize|write|save|commit).*' was never awaited"
-    warnings.filterwarnings('ignore', never_awaited, RuntimeWarning)
-    hook = sys.unraisablehook
-
-    def all_but_abandoned_coroutines(unraisable: Any) -> None:
-        coroutine = repr(getattr(unraisable.object, 'cr_code', None))
-        if 'orbax' not in coroutine and str(unraisable.exc_value) != 'Event loop is closed':
-            hook(unraisable)
-
-    sys.unraisablehook = all_but_abandoned_coroutines
-
-
-def _is_of_orbax(record: logging.LogRecord) -> bool:
-    """Whether it tells of a coroutine of orbax, or of an exception that came from there."""
-    error = record.exc_info and record.exc_info[1]
-    frames = traceback.extract_tb(error.__traceback__) if error else []
-    return 'orbax' in record.getMessage() or any('orbax' in frame.filename for frame in frames)
 
 
 def _size(count: int) -> str:
