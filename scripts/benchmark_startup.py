@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 # What a run compiles before its first step, without the rest of it.
 COMPILE = """
 import time
-from swav_jax import config as settings, main, traced
-from swav_jax.initial_state import make_schedule, make_state
-from swav_jax.mesh import make_mesh
+from swav_jax import config as settings, main
+from swav_jax.commands import traced
+from swav_jax.parallel.mesh import make_mesh
+from swav_jax.runs.initial_state import make_schedule, make_state
 from swav_jax.step import make_train_step
 
-config = main.parse(['', '--config=configs/demo.py']).config
+config = main.parse(['--config=configs/demo.py']).config
 mesh = make_mesh(config.model.sync_bn)
 sizes = settings.sizes(config, num_images=10_000, num_replicas=mesh.size)
 net, tx, layout, state = make_state(config, sizes, make_schedule(config, sizes), mesh)

@@ -63,9 +63,9 @@ def _has_activation(metadata: dict[str, Any]) -> bool:
     return metadata['config']['model']['head']['activation_name'].lower() != 'none'
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    return cli.run(_main, sys.argv[1:] if argv is None else argv)
+def main(argv: Sequence[str]) -> int:
+    """Run the command line that the module's docstring explains; returns the exit code."""
+    return cli.run(_main, argv)
 
 
 def _main(argv: Sequence[str]) -> None:
@@ -88,4 +88,4 @@ def _main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -58,7 +58,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in ('--distributed', '--plan', '--force'):
         parser.add_argument(name, **switch)
     parser.add_argument('-h', '--help', **switch)
-    found = parser.parse(argv[1:])
+    found = parser.parse(argv)
     found.config = cli.read_config(found.config, found.changes)
     return found
 
@@ -163,4 +163,4 @@ def _failure_beside_others(error: Exception) -> tuple[int, str]:
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+    sys.exit(main(sys.argv[1:]))

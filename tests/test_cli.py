@@ -1,11 +1,16 @@
 """Flags, config files and overrides: what they mean, and one line for each mistake."""
 
+import importlib
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from commands import EVALUATE, call
 from processes import ROOT
 
+from swav_jax import commands
 from swav_jax.errors import UserError
 from swav_jax.main import main, parse
 
@@ -14,7 +19,7 @@ LR = 'config.optimizer.param_schedulers.lr'
 
 
 def changed(*words, config='configs/demo.py'):
-    return parse(['main', f'--config={ROOT / config}', *words]).config
+    return parse([f'--config={ROOT / config}', *words]).config
 
 
 @pytest.mark.parametrize(
@@ -162,7 +167,7 @@ def test_what_a_config_file_does_wrong_is_one_line(text, part, tmp_path, capsys)
     file = tmp_path / 'broken.py'
     file.write_bytes(text)
     for flags in (['--plan'], ['--help'], [f'--workdir={tmp_path / "run"}', '--config.seed=1']):
-        assert main(['main', f'--config={file}', *flags]) == 2
+        assert main([f'--config={file}', *flags]) == 2
         error = capsys.readouterr().err
         assert error.startswith('error: --config') and error.count('\n') == 1, error
         assert part in error and '\x1b' not in error and len(error) < 1000
@@ -208,7 +213,7 @@ def test_a_config_file_runs_once_and_may_take_words_or_not(tmp_path, monkeypatch
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'c.py').write_text(WHOLE + '    return c\n')
-    found = parse(['main', '--config=~/c.py', '--workdir=~/run'])
+    found = parse(['--config=~/c.py', '--workdir=~/run'])
     assert found.workdir == tmp_path / 'run' and found.config.seed == 0
 
 
@@ -342,3 +347,67 @@ def test_every_mistake_on_a_command_line_is_one_line(tmp_path, capsys, monkeypat
     assert not wrong, '\n'.join(map(str, wrong))
     assert count > 350
     assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder'], 'something was written'
+
+
+CONSOLE = """
+import sys
+from swav_jax.commands import main
+sys.argv = ['/usr/bin/swav_jax', *sys.argv[1:]]
+code = main()
+heavy = sorted({'jax', 'tensorflow', 'torch', 'orbax'} & sys.modules.keys())
+print(code, *heavy)
+"""
+
+
+def console(*words):
+    """Exit code and heavy modules as a line, what is printed before it, and stderr."""
+    done = subprocess.run(
+        [sys.executable, '-c', CONSOLE, *words], capture_output=True, text=True, cwd=ROOT
+    )
+    *out, last = done.stdout.splitlines()
+    return last, out, done.stderr
+
+
+def test_the_console_script_is_that_of_the_package():
+    with (ROOT / 'pyproject.toml').open('rb') as file:
+        assert tomllib.load(file)['project']['scripts'] == {'swav_jax': 'swav_jax.commands:main'}
+    assert {module for module, _, _ in commands.COMMANDS.values()} == {
+        'swav_jax.main', 'swav_jax.export', 'swav_jax.commands.preview', 'swav_jax.commands.replay',
+        *(f'swav_jax.evaluate.{name}' for name in EVALUATE),
+    }  # fmt: skip
+
+
+def test_the_console_scripts_help_and_mistakes_are_fast():
+    """They are said without JAX and TensorFlow."""
+    code, out, error = console('--help')
+    assert (code, error) == ('0', '')
+    listed = [line.split()[0] for line in out if line.startswith('  ')]
+    assert listed == [*commands.COMMANDS]
+    for words, said in (
+        (['trian'], "error: 'trian' is not a command. Did you mean: train?"),
+        (['Knn'], "error: 'Knn' is not a command. Did you mean: knn?"),
+        (['--config=x'], "error: '--config=x' is not a command: see swav_jax --help"),
+        ([''], "error: '' is not a command: see swav_jax --help"),
+        ([], 'error: the name of a command is missing: see swav_jax --help'),
+        (['train', '--nonsense'], "error: '--nonsense' is not known: see --help"),
+        (['plan', '--config=none.py'], 'error: --config=none.py: there is no such file'),
+    ):
+        code, out, error = console(*words)
+        assert (code, out, error.count('\n')) == ('2', [], 1) and error.startswith(said)
+
+
+@pytest.mark.parametrize('name', commands.COMMANDS)
+def test_each_command_has_a_main_and_a_page_of_help(name, capsys):
+    module, _, _ = commands.COMMANDS[name]
+    assert importlib.import_module(module).main(['--help']) == 0
+    page = capsys.readouterr()
+    assert len(page.out.splitlines()) > 5 and not page.err
+    assert commands.main([name, '--help']) == 0
+    assert capsys.readouterr() == page
+    assert commands.main([name, '--nonsense']) == 2
+    assert capsys.readouterr().err.startswith("error: '--nonsense' is not known")
+
+
+def test_a_plan_by_the_console_script(capsys):
+    assert commands.main(['plan', f'--config={ROOT}/scripts/tiny.py', '--replicas=2']) == 0
+    assert 'steps ' in capsys.readouterr().out

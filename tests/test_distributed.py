@@ -158,7 +158,7 @@ def test_bad_images_of_all_processes_are_in_one_list_and_stop_all(start, tmp_pat
 
 ALONE = """
 import sys, time
-from swav_jax import distributed, ending
+from swav_jax.parallel import distributed, ending
 coordinator, number = sys.argv[1], int(sys.argv[2])
 distributed.join(coordinator, 3, number)
 if number == 1:
@@ -204,10 +204,10 @@ def test_a_collapse_of_all_leaves_the_save_in_flight_whole(start, tmp_path):
 
 IMPATIENT = """
 import sys
-from swav_jax import distributed, ending
+from swav_jax.parallel import distributed, ending
 {change}
 from swav_jax.main import main
-sys.exit(main(sys.argv))
+sys.exit(main(sys.argv[1:]))
 """
 
 

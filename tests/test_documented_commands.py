@@ -202,7 +202,7 @@ def test_documented_settings_load(monkeypatch):
                      '200,2x160+4x96'}  # fmt: skip
     for document, line in sorted(found):
         spec, *flags = line.split()
-        config = main.parse(['main', f'--config=configs/{spec}', *flags]).config
+        config = main.parse([f'--config=configs/{spec}', *flags]).config
         settings.validate(config)
         assert document and config.optimizer.num_epochs
 

@@ -19,10 +19,8 @@ from swav_jax.errors import UserError
 from swav_jax.evaluate import (
     classifier,
     clusters,
-    command,
     features,
     knn,
-    labelled,
     linear,
     logistic,
     semi,
@@ -53,16 +51,9 @@ def workdir(tmp_path_factory):
     return workdir
 
 
-def run(module, flags, *argv):
-    """A command line without its process; what it raises is the user's mistake."""
-    parser = command.parser(module.__doc__)
-    flags(parser)
-    return command.run(module.main, parser, [str(a) for a in argv])
-
-
-def feature_flags(parser):
-    parser.add_argument('--source')
-    parser.add_argument('--out', required=True)
+def run(module, *argv):
+    """The exit code of a command line."""
+    return module.main([str(a) for a in argv])
 
 
 def test_a_run_is_loaded_with_its_settings(workdir):
@@ -113,7 +104,6 @@ def test_features_are_written(workdir, tmp_path, name):
     out = tmp_path / name
     code = run(
         features,
-        feature_flags,
         '--workdir',
         workdir,
         '--source=demo:test',
@@ -142,15 +132,11 @@ def test_features_are_written(workdir, tmp_path, name):
 
 
 def test_clusters_are_written(workdir, tmp_path, capsys):
-    def flags(parser):
-        feature_flags(parser)
-        parser.add_argument('--head', type=int, default=0)
-
     (tmp_path / 'prototype_notes.txt').write_text("the user's own")
     argv = ('--workdir', workdir, '--source=demo:test', '--out', tmp_path)
-    assert run(clusters, flags, *argv, '--limit=400') == 0
+    assert run(clusters, *argv, '--limit=400') == 0
     earlier = {path.name for path in tmp_path.glob('prototype_*.txt')}
-    assert run(clusters, flags, *argv, '--limit=200') == 0
+    assert run(clusters, *argv, '--limit=200') == 0
     assert (tmp_path / 'prototype_notes.txt').read_text() == "the user's own"
     (tmp_path / 'prototype_notes.txt').unlink()
     assert earlier - {path.name for path in tmp_path.glob('prototype_*.txt')}, 'some are gone'
@@ -169,13 +155,8 @@ def test_clusters_are_written(workdir, tmp_path, capsys):
 
 
 def test_knn_prints_every_k(workdir, capsys):
-    def flags(parser):
-        labelled.add_flags(parser)
-        parser.add_argument('--k', type=int, nargs='+')
-        parser.add_argument('--features', default='trunk')
-
     argv = ('--workdir', workdir, '--limit', 300, '--k', 5, 50)
-    assert run(knn, flags, *argv) == 0
+    assert run(knn, *argv) == 0
     printed = capsys.readouterr().out
     model = load(workdir)
     train, test = model.open('demo', limit=300), model.open('demo:test', limit=300)
@@ -183,7 +164,7 @@ def test_knn_prints_every_k(workdir, capsys):
     for k in (5, 50):
         top1 = knn.accuracy(x, train.labels, y, test.labels, k=k, temperature=0.07)
         assert f'k = {k:<4} top-1 {top1:.2f}%' in printed
-    assert run(knn, flags, '--workdir', workdir, '--limit', 300, '--k', 301) == 2
+    assert run(knn, '--workdir', workdir, '--limit', 300, '--k', 301) == 2
     assert 'k=301 neighbours cannot be found among 300' in capsys.readouterr().err
 
 
@@ -293,20 +274,14 @@ def test_learning_rates_follow_the_recipe():
     assert [float(steps.factor(e)) for e in range(20)] == pytest.approx(expected)
 
 
-def linear_flags(parser):
-    linear.add_flags(parser)
-    parser.add_argument('--preset', default='swav')
-    parser.add_argument('--c', type=float, default=1.0)
-
-
 def test_the_probe_is_reported(workdir, tmp_path, capsys):
     argv = ('--workdir', workdir, '--limit=64', '--epochs=1', '--crop_scale', 'none')
-    assert run(linear, linear_flags, *argv, '--out', tmp_path) == 0
+    assert run(linear, *argv, '--out', tmp_path) == 0
     result = json.loads((tmp_path / 'result.json').read_text())
     assert f'top-1 {result["top1"]:.2f}%' in capsys.readouterr().out
     assert result['recipe']['epochs'] == 1
     assert result['recipe']['learning_rate'] == 0.3
-    assert run(linear, linear_flags, *argv, '--preset=logistic', '--out', tmp_path / 'best') == 0
+    assert run(linear, *argv, '--preset=logistic', '--out', tmp_path / 'best') == 0
     assert json.loads((tmp_path / 'best' / 'result.json').read_text())['c'] == 1
 
 
@@ -352,7 +327,7 @@ def test_the_users_mistakes(workdir, tmp_path, capsys, argv, message):
     Image.new('L', (28, 28)).save(tmp_path / 'a.png')
     places = {'run': workdir, 'none': tmp_path / 'none', 'flat': f'folder:{tmp_path}'}
     argv = [part.format(**places) for part in argv]
-    code = run(linear, linear_flags, *argv, '--limit=64', '--out', tmp_path / 'out')
+    code = run(linear, *argv, '--limit=64', '--out', tmp_path / 'out')
     error = capsys.readouterr().err.strip()
     assert (code, error.count('\n')) == (2, 0)
     assert message.format(**places) in error

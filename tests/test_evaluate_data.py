@@ -64,7 +64,7 @@ def evaluate(model, monkeypatch, capsys):
             features='trunk', epochs=1, learning_rate=0.1, batch_size=8, crop_scale=['none'],
             seed=0, preset='swav', c=1.0, share=1.0, trunk_learning_rate=None,
         )  # fmt: skip
-        module.main(argparse.Namespace(**usual | flags))
+        module._main(argparse.Namespace(**usual | flags))
         out, err = capsys.readouterr()
         return out, '\n'.join(line for line in err.splitlines() if line.startswith('note'))
 

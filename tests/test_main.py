@@ -130,7 +130,7 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
     for name in ('demo', 'swav_r50'):
         short = {'demo': 'DEMO', 'swav_r50': 'R50'}[name]
         flags = flags.replace(short, f'--config=configs/{name}.py --workdir={tmp_path}')
-    assert main(['main', *flags.split()]) == 2
+    assert main(flags.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1
     assert message in error
@@ -147,21 +147,21 @@ def test_a_config_that_fails_is_named_with_its_line(tmp_path, capsys):
         ),
     ):
         broken.write_text(text)
-        assert main(['main', f'--config={broken}', f'--workdir={tmp_path}']) == 2
+        assert main([f'--config={broken}', f'--workdir={tmp_path}']) == 2
         assert message in capsys.readouterr().err
 
 
 def test_a_workdir_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / 'file').write_text('')
-    assert main(['main', '--config=configs/demo.py', f'--workdir={tmp_path}/file/run']) == 2
+    assert main(['--config=configs/demo.py', f'--workdir={tmp_path}/file/run']) == 2
     assert 'cannot be written' in capsys.readouterr().err
 
 
 def test_a_folder_without_images_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = [f'--config.data.source=folder:{tmp_path}', f'--workdir={tmp_path}/run']
-    assert main(['main', '--config=configs/swav_r50.py', *flags]) == 2
+    assert main(['--config=configs/swav_r50.py', *flags]) == 2
     assert 'no images' in capsys.readouterr().err
 
 
@@ -183,7 +183,7 @@ def test_programs_compiled_for_other_cores_are_not_taken(named):
     """XLA divides work among the cores it compiled with, which JAX's key does not contain."""
     code = (
         'import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); '
-        'import jax; from swav_jax import xla_settings; xla_settings.set_defaults(); '
+        'import jax; from swav_jax.cpu import xla_settings; xla_settings.set_defaults(); '
         'print(jax.config.jax_compilation_cache_dir)'
     )
     env = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
@@ -198,7 +198,7 @@ def test_programs_compiled_for_other_cores_are_not_taken(named):
 def test_a_step_on_the_cpu_is_made_when_it_is_called():
     """Queued, steps would each hold scratch: a ResNet-18's took 3.9 GB instead of 0.9."""
     code = (
-        'from swav_jax import xla_settings; xla_settings.set_defaults()\n'
+        'from swav_jax.cpu import xla_settings; xla_settings.set_defaults()\n'
         'import jax, jax.numpy as jnp\n'
         'x = jnp.ones((1500, 1500))\n'
         'product = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda i, y: x @ y, x))\n'

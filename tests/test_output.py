@@ -42,7 +42,7 @@ def test_a_full_device_is_said():
 @pytest.mark.slow
 @needs_full
 def test_a_picture_on_a_full_disk_is_refused(tmp_path, capsys, monkeypatch):
-    argv = ['preview', f'--config={ROOT}/configs/demo.py', '--images=1']
+    argv = [f'--config={ROOT}/configs/demo.py', '--images=1']
     assert preview.main([*argv, f'--output={FULL}']) == 2
     assert f'--output={FULL}' in capsys.readouterr().err
     (tmp_path / 'sheet.png').write_text('before')

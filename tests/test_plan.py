@@ -21,7 +21,7 @@ def show(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
 
     def show(config, *flags):
-        code = main(['main', f'--config=configs/{config}.py', '--plan', *flags])
+        code = main([f'--config=configs/{config}.py', '--plan', *flags])
         captured = capsys.readouterr()
         assert code == 0, captured.err
         return captured.out
@@ -131,7 +131,7 @@ def test_warnings_come_with_remedies(changes, warning):
 def test_a_batch_larger_than_the_data_is_refused(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = ['--config=configs/demo.py', '--plan', '--replicas=64', '--config.data.limit=100']
-    assert main(['main', *flags]) == 2
+    assert main(flags) == 2
     assert "makes a batch of 4096 images, but 'demo' has only 100" in capsys.readouterr().err
 
 

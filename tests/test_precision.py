@@ -28,7 +28,7 @@ class Training:
     """The demo with a smaller trunk and fewer crops, in one precision, from any state."""
 
     def __init__(self, precision):
-        c = main.parse(['', f'--config={ROOT}/configs/demo.py']).config
+        c = main.parse([f'--config={ROOT}/configs/demo.py']).config
         c.precision, c.data.num_crops = precision, (2, 2)
         c.model.trunk.update(SMALL_TRUNK)
         self.config, self.precision = c, precision

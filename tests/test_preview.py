@@ -64,6 +64,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ([f'--config={config}', '--config.data.source=folder:/no/such'], '/no/such'),
         ([f'--config={config}', '--config.data.sauce=demo'], 'config.data.sauce'),
     ):
-        assert preview.main(['preview', *arguments]) == 2
+        assert preview.main(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith('error: ') and error.count('\n') == 1 and part in error

@@ -522,6 +522,6 @@ def test_a_plan_and_a_run_refuse_alike(flags, text, tmp_path, capsys, monkeypatc
     )
     (tmp_path / 'c.py').write_text(config)
     for how in ('--plan', f'--workdir={tmp_path}/run'):
-        assert main(['main', f'--config={tmp_path}/c.py', how, flags]) == 2
+        assert main([f'--config={tmp_path}/c.py', how, flags]) == 2
         error = capsys.readouterr().err
         assert error.startswith('error: ') and error.count('\n') == 1 and text in error, error

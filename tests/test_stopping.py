@@ -127,7 +127,7 @@ def test_a_workdir_in_use_is_refused_and_checkpoints_follow_the_clock(
     try:
         child.wait_for(lambda: child.has_steps(1))
         arguments = [*command(tmp_path / 'run', *FLAGS)[3:]]
-        assert main(['main', *arguments]) == 2
+        assert main(arguments) == 2
         message = capsys.readouterr().err
         assert f'is in use by process {child.process.pid} on {os.uname().nodename}' in message
         assert message.count('\n') == 1
@@ -175,7 +175,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
 SECOND = """
 import os, signal, sys, threading, time
 sys.path.insert(0, sys.argv[1])
-from swav_jax.signals import Signals
+from swav_jax.runs.signals import Signals
 with Signals() as signals:
     print('ready', flush=True)
     x = 3

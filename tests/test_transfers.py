@@ -32,7 +32,7 @@ def test_a_step_more_is_three_numbers_more(fetched, tmp_path):
             '--config.train.log_every_steps=100',
             '--config.checkpoint.every_epochs=0',
         )
-        values = main.parse(['', f'--config={TINY}', *flags])
+        values = main.parse([f'--config={TINY}', *flags])
         fetched.clear()
         training.run(values.config, tmp_path / str(steps))
         counts.append(list(fetched))

@@ -8,9 +8,13 @@ the crops as the network gets them, in the order of the boxes, their normalisati
 are the crops of the first images of a run with this config, to the pixel.
 """
 
+if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+    from swav_jax import commands
+
+    commands.run('preview')
+
 import argparse
 import functools
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +44,7 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument('--config', required=True, help='file of settings, as configs/demo.py')
     parser.add_argument('--output', type=_picture, default=Path('preview.png'))
     parser.add_argument('--images', type=cli.integer(1, 1000), default=6)
-    found = parser.parse(argv[1:])
+    found = parser.parse(argv)
     draw(cli.read_config(found.config, found.changes), found.output, found.images)
     print(found.output)
 
@@ -131,7 +135,3 @@ def viewable(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) in [0, 1]; of images with other than three channels the first, in gray."""
     image = image.clip(0, 1)
     return image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1)
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv))

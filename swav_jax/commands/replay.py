@@ -7,9 +7,13 @@ step, and tells which numbers are not finite. Exit codes: 3 the step is not fini
 finite now, 2 something to mend. Run it on as many devices as the run had for the very same numbers.
 """
 
+if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+    from swav_jax import commands
+
+    commands.run('replay')
+
 import errno
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -185,7 +189,3 @@ def _main(argv: Sequence[str]) -> int:
         print(f'in the run: {count} numbers of {printable(name)} were not finite')
     print('the step is finite' if metrics['finite'] else 'the step is not finite, as in the run')
     return 0 if metrics['finite'] else 3
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))

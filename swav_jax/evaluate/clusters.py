@@ -8,9 +8,14 @@ and a list of names for each prototype that has images, clusters/prototype_7.txt
 Images that cannot be read are left out. Control characters in names are escaped.
 """
 
+if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+    from swav_jax import commands
+
+    commands.run('clusters')
+
 import argparse
 import csv
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +120,7 @@ def write(
     return assignments
 
 
-def main(arguments: argparse.Namespace) -> None:
+def _main(arguments: argparse.Namespace) -> None:
     """Assign the images that the command line names and say how well that went."""
     model = command.load(arguments)
     model.need_head()
@@ -146,9 +151,10 @@ def main(arguments: argparse.Namespace) -> None:
     print(f'written to {printable(arguments.out)}')
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str]) -> int:
+    """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__)
     parser.add_argument('--source', help='images (default: those the run trained on)')
     parser.add_argument('--out', required=True, help='folder for the lists')
     parser.add_argument('--head', type=int, default=0, help='which head of prototypes')
-    sys.exit(command.run(main, parser))
+    return command.run(_main, parser, argv)

@@ -1,7 +1,6 @@
 """What the command lines of `python -m swav_jax.evaluate.…` have in common."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 
 from swav_jax import cli
@@ -30,19 +29,15 @@ def parser(description: str, *, weights: bool = True) -> cli.Parser:
     return made
 
 
-def run(
-    main: Callable[[argparse.Namespace], None],
-    made: cli.Parser,
-    argv: Sequence[str] | None = None,
-) -> int:
+def run(main: Callable[[argparse.Namespace], None], made: cli.Parser, argv: Sequence[str]) -> int:
     """Parse the command line, call `main`, and return the exit code: 2 for the user's mistakes.
 
     Args:
       main: does what the flags say.
       made: of `parser`, with more flags.
-      argv: the flags (default: those of the process).
+      argv: the flags.
     """
-    return cli.run(lambda words: main(made.parse(words)), sys.argv[1:] if argv is None else argv)
+    return cli.run(lambda words: main(made.parse(words)), argv)
 
 
 def load(arguments: argparse.Namespace):

@@ -8,10 +8,14 @@ prototypes, `labels` (N,) as the data have them where they are known, -1 of sing
 is a folder of .npy files, which are written, and can be read, as memory maps.
 """
 
+if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+    from swav_jax import commands
+
+    commands.run('features')
+
 import argparse
 import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -302,7 +306,7 @@ def save(path: Path, source: Source, compute: Callable[[Allocate], Features]) ->
     return found
 
 
-def main(arguments: argparse.Namespace) -> None:
+def _main(arguments: argparse.Namespace) -> None:
     """Extract and write what the command line says."""
     model = command.load(arguments)
     if Path(arguments.out).suffix == '.npz':
@@ -326,8 +330,9 @@ def main(arguments: argparse.Namespace) -> None:
     print(f'written to {printable(arguments.out)}')
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str]) -> int:
+    """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__)
     parser.add_argument('--source', help='images (default: those the run trained on)')
     parser.add_argument('--out', required=True, help='FILE.npz or a folder')
-    sys.exit(command.run(main, parser))
+    return command.run(_main, parser, argv)

@@ -6,9 +6,14 @@ for its class with weight exp(s / temperature).
     python -m swav_jax.evaluate.knn --workdir RUN --train demo --test demo:test --k 10 20 100 200
 """
 
+if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+    from swav_jax import commands
+
+    commands.run('knn')
+
 import argparse
 import functools
-import sys
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -173,7 +178,7 @@ def _blocks(x: np.ndarray, rows: int):
     return (x[start : start + rows] for start in range(0, len(x), rows))
 
 
-def main(arguments: argparse.Namespace) -> None:
+def _main(arguments: argparse.Namespace) -> None:
     """Print the accuracy for each k that the command line names."""
     model = command.load(arguments)
     evaluate = model.config.evaluate
@@ -202,9 +207,10 @@ def main(arguments: argparse.Namespace) -> None:
         print(f'k = {k:<4} top-1 {100 * np.mean(predicted == test_y):.2f}%')
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str]) -> int:
+    """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__)
     labelled.add_flags(parser)
     parser.add_argument('--k', type=int, nargs='+', help='neighbours (config.evaluate.k)')
     parser.add_argument('--features', choices=('trunk', 'embeddings'), default='trunk')
-    sys.exit(command.run(main, parser))
+    return command.run(_main, parser, argv)

@@ -18,12 +18,16 @@ see the centres, whose features are computed once. What is reported is the accur
 epoch, not the best one on the way. An interrupted probe goes on from its last epoch.
 """
 
+if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+    from swav_jax import commands
+
+    commands.run('linear')
+
 import argparse
 import dataclasses
 import json
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +188,7 @@ def _crop_scale(given: list[str], recipe: Recipe) -> tuple[float, float] | None:
     return low, high
 
 
-def main(arguments: argparse.Namespace) -> None:
+def _main(arguments: argparse.Namespace) -> None:
     """Train and test the probe that the command line names."""
     if not 0 < arguments.c < math.inf:
         raise UserError(f'--c={arguments.c} must be above 0, and finite')
@@ -199,9 +203,10 @@ def main(arguments: argparse.Namespace) -> None:
         train_and_test(arguments, 'linear', PRESETS[arguments.preset], model, train, test)
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str]) -> int:
+    """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__)
     add_flags(parser)
     parser.add_argument('--preset', choices=(*PRESETS, 'logistic'), default='swav')
     parser.add_argument('--c', type=float, default=1.0, help='of logistic: the inverse penalty')
-    sys.exit(command.run(main, parser))
+    return command.run(_main, parser, argv)

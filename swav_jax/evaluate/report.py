@@ -7,6 +7,11 @@ into the run's folder, and images and a projector of embeddings for TensorBoard.
 made, as of a damaged metrics.jsonl, is left out and named.
 """
 
+if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+    from swav_jax import commands
+
+    commands.run('report')
+
 import argparse
 import base64
 import contextlib
@@ -14,7 +19,6 @@ import io
 import json
 import math
 import string
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -433,7 +437,7 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def main(arguments: argparse.Namespace) -> None:
+def _main(arguments: argparse.Namespace) -> None:
     """Write the report of the run that the command line names."""
     model = command.load(arguments)
     config = model.config
@@ -449,7 +453,8 @@ def main(arguments: argparse.Namespace) -> None:
     print(f'written to {printable(model.workdir / "report.html")}')
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str]) -> int:
+    """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__, weights=False)
     parser.add_argument('--source', help='images to show (default: config.evaluate.test_source)')
-    sys.exit(command.run(main, parser))
+    return command.run(_main, parser, argv)

@@ -14,8 +14,13 @@ The share is taken as evenly from each class as it goes; the lists of the litera
 epoch, not the best one on the way.
 """
 
+if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+    from swav_jax import commands
+
+    commands.run('semi')
+
 import argparse
-import sys
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,7 +46,7 @@ def take_share(source: Source, share: float) -> Source:
     return source.take(by_class[np.arange(count) * len(known) // count])
 
 
-def main(arguments: argparse.Namespace) -> None:
+def _main(arguments: argparse.Namespace) -> None:
     """Fine-tune and test as the command line says."""
     if not 0 < arguments.share <= 1:
         raise UserError(f'--share={arguments.share} must be above 0 and at most 1')
@@ -61,10 +66,11 @@ def main(arguments: argparse.Namespace) -> None:
     linear.train_and_test(arguments, 'semi', PRESETS[preset], model, train, test)
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str]) -> int:
+    """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__)
     linear.add_flags(parser)
     parser.add_argument('--share', type=float, default=0.1, help='of the labelled images')
     parser.add_argument('--preset', choices=tuple(PRESETS), help='(default: by --share)')
     parser.add_argument('--trunk_learning_rate', type=float)
-    sys.exit(command.run(main, parser))
+    return command.run(_main, parser, argv)
