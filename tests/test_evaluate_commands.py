@@ -96,6 +96,8 @@ def test_the_readmes_lines_of_python(workdir, tmp_path, monkeypatch):
     exec(code, names)
     assert np.mean(names['classes'] == test.labels) > 0.5
     assert names['prototypes'].shape == (300,) and names['prototypes'].max() < 30
+    assert names['nearest'].shape == (300, 20) and np.all(np.diff(names['similarity']) <= 0)
+    np.testing.assert_allclose(names['codes'].sum(-1), np.ones((1, 300)), rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(names['found'].embeddings, axis=1), 1, rtol=1e-5)
 
 
