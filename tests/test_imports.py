@@ -1,6 +1,7 @@
 """Imports run one way, and nothing heavy comes along unasked."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,55 @@ FORBIDDEN = {
     'swav_jax.step': ('tensorflow', 'torch', 'orbax'),
     'swav_jax.models': ('tensorflow', 'torch', 'orbax'),
     'swav_jax.main': ('jax', 'tensorflow', 'torch', 'flax'),
+    'swav_jax.commands': ('jax', 'tensorflow', 'torch', 'flax'),
     'swav_jax.torch_weights': ('torch', 'tensorflow'),
+    'swav_jax.data.sources': ('jax', 'flax'),
 }
+
+# Folders and files of swav_jax/: each imports from the lines above its own, not from beside it.
+LAYERS = (
+    ('terminal',),
+    ('errors', 'atomic'),
+    ('config', 'precision', 'cpu'),
+    ('cli', 'parallel', 'data'),
+    ('methods', 'models', 'augment', 'optim'),
+    ('state', 'torch_weights'),
+    ('step',),
+    ('runs',),
+    ('evaluate',),
+    ('training',),
+    ('commands',),
+    ('main', 'export'),
+)
+# Imports against the layers, each with its reason.
+AGAINST = {
+    # config.init_from and --weights may name a run's folder; its weights are read as PyTorch's are.
+    ('torch_weights', 'runs'),
+}
+# Circles between modules, each with its reason.
+CIRCLES = [
+    # The ends of the evaluations' files are commands, which load the model: to be taken apart.
+    {'evaluate.command', 'evaluate.features', 'evaluate.model'},
+]
+
+# Packages that one part alone may import.
+ONLY = {
+    'orbax': 'runs.checkpoint',
+    'tensorflow': 'data',
+    'tensorflow_datasets': 'data',
+    'torch': 'torch_weights',
+    'safetensors': 'torch_weights',
+}
+# Packages that a part must not import.
+NEVER = {'jax': ('data', 'config', 'cli', 'main'), 'flax': ('data',)}
+# All that a part may import from elsewhere.
+NOTHING_BUT = {
+    'methods': {'jax', 'optax', 'jaxtyping'},
+    # So is `Collapse`, which reads its settings.
+    'methods.collapse': {'ml_collections'},
+    'optim': {'jax', 'optax', 'jaxtyping', 'numpy'},
+}
+BY_NAME = {'', 'commands'}  # import by a name that is a string, which is not read here
 
 
 @pytest.mark.parametrize('module', FORBIDDEN)
@@ -30,27 +78,130 @@ def test_a_part_does_not_import_what_it_must_not_know(module):
     assert not set(FORBIDDEN[module]) & set(loaded)
 
 
-def imports_of(path):
-    """The first name of every import in a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition('.')[0] for alias in node.names)
+def texts():
+    """The text of each module, by its name in the package: '' is the package itself."""
+    found = {}
+    for path in ROOT.rglob('*.py'):
+        name = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+        found[name.removesuffix('__init__').removesuffix('.')] = path.read_text()
+    return found
+
+
+def read(modules):
+    """Of each module, the modules that it imports, and the names of what is not swav_jax's.
+
+    What functions import counts; what a file does as a script, or for type checkers, does not.
+    """
+    found = {}
+    for module, text in modules.items():
+        inside, outside = set(), set()
+        for name in imported(text):
+            parts = name.split('.')
+            if parts[0] != ROOT.name:
+                outside.add(name)
+                continue
+            while '.'.join(parts[1:]) not in modules:  # the last part is a function
+                parts.pop()
+            inside.add('.'.join(parts[1:]))
+        found[module] = inside - {module}, outside
+    return found
+
+
+@functools.cache
+def imported(text):
+    """What a file imports: `a.b.c` of `from a.b import c`."""
+    waiting, found = [ast.parse(text)], []
+    while waiting:
+        node = waiting.pop()
+        waiting.extend(ast.iter_child_nodes(node))
+        if isinstance(node, ast.If) and ast.unparse(node.test) in (
+            'TYPE_CHECKING',
+            "__name__ == '__main__'",
+        ):
+            for child in node.body:
+                waiting.remove(child)
+        elif isinstance(node, ast.Import):
+            found.extend(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield (node.module or '').partition('.')[0]
+            assert not node.level, 'a relative import is not read here'
+            found.extend(f'{node.module}.{alias.name}' for alias in node.names)
+    return found
 
 
-def test_only_checkpoint_knows_orbax():
-    others = [path for path in ROOT.rglob('*.py') if path.name != 'checkpoint.py']
-    assert not [path for path in others if 'orbax' in imports_of(path)]
+def wrong(modules):
+    """Each import that must not be, as text."""
+    level = {part: i for i, parts in enumerate(LAYERS) for part in parts}
+    for module, (inside, outside) in sorted(modules.items()):
+        part = module.partition('.')[0]
+        for other in sorted(inside - {''}):
+            theirs = other.partition('.')[0]
+            if module == '':
+                yield f'swav_jax imports {other}: importing the package would load it'
+            elif part != theirs and (part, theirs) not in AGAINST and level[theirs] >= level[part]:
+                yield f'{module} imports {other}, which is not below it'
+        if outside & {'importlib', 'importlib.import_module'} and module not in BY_NAME:
+            yield f'{module} imports by name'
+        for name in sorted({name.partition('.')[0] for name in outside}):
+            never = any(within(module, where) for where in NEVER.get(name, ()))
+            allowed = [names for where, names in NOTHING_BUT.items() if within(module, where)]
+            unasked = allowed and name not in sys.stdlib_module_names | set.union(*allowed)
+            if never or unasked or not within(module, ONLY.get(name, module)):
+                yield f'{module} imports {name}'
+    for circle in circles({module: inside for module, (inside, _) in modules.items()}):
+        if circle not in CIRCLES:
+            yield f'{", ".join(sorted(circle))} import each other'
 
 
-def test_the_input_knows_tensorflow_and_not_jax_and_no_other_part_knows_tensorflow():
-    inside = set((ROOT / 'data').glob('*.py'))
-    readers = [path for path in inside if path.name != 'preview.py']  # it draws finished crops
-    assert not [path for path in readers if {'jax', 'flax'} & set(imports_of(path))]
-    assert not [p for p in set(ROOT.rglob('*.py')) - inside if 'tensorflow' in imports_of(p)]
+def within(module, part):
+    return module == part or module.startswith(f'{part}.')
 
 
-def test_nothing_below_imports_the_training_loop():
-    below = [path for path in ROOT.rglob('*.py') if path.name not in ('main.py', 'training.py')]
-    assert not [path for path in below if 'import train' in path.read_text()]
+def circles(imports):
+    """Sets of modules each of which is reached from each other one."""
+    reached = {}
+    for start in imports:
+        seen, waiting = set(), [start]
+        while waiting:
+            for other in imports[waiting.pop()] - seen:
+                seen.add(other)
+                waiting.append(other)
+        reached[start] = seen
+    found = {frozenset(b for b in reached[a] if a in reached[b]) for a in imports}
+    return [set(circle) for circle in found if circle]
+
+
+def test_imports_run_one_way():
+    modules = read(texts())
+    assert len(modules) > 60
+    parts = {path.stem for path in ROOT.iterdir() if path.suffix == '.py' or path.is_dir()}
+    layered = {part for parts in LAYERS for part in parts}
+    assert layered == {p for p in parts if not p.startswith('__')}, 'each has its layer'
+    assert list(wrong(modules)) == []
+
+
+@pytest.mark.parametrize(
+    ('module', 'line', 'said'),
+    [
+        ('step', 'from swav_jax.runs import checkpoint', 'step imports runs.checkpoint'),
+        ('step', 'def f():\n    from swav_jax import training', 'step imports training'),
+        ('models.norm', 'import swav_jax.optim', 'models.norm imports optim'),
+        ('parallel.mesh', 'from swav_jax.runs.signals import Signals', 'imports runs.signals'),
+        ('data.names', 'from swav_jax.parallel.mesh import AXES', 'imports parallel.mesh'),
+        ('data.names', 'from swav_jax.data import sources', 'data.names, data.sources, '),
+        ('models.remat', 'def f():\n    from swav_jax import models', 'import each other'),
+        ('runs.rows', 'def f():\n    import orbax.checkpoint', 'runs.rows imports orbax'),
+        ('evaluate.knn', 'from tensorflow import data', 'evaluate.knn imports tensorflow'),
+        ('methods.swav', 'import flax.linen as nn', 'methods.swav imports flax'),
+        ('optim', 'from ml_collections import ConfigDict', 'optim imports ml_collections'),
+        ('data.names', 'def f():\n    import jax', 'data.names imports jax'),
+        ('runs.rows', 'import importlib', 'runs.rows imports by name'),
+        ('', 'from swav_jax.config import default', 'swav_jax imports config'),
+        ('optim', 'if TYPE_CHECKING:\n    from swav_jax import step', ''),
+        ('optim', "if __name__ == '__main__':\n    from swav_jax import commands", ''),
+    ],
+)
+def test_an_import_against_the_rules_is_found(module, line, said):
+    changed = texts()
+    changed[module] += f'\n{line}\n'
+    found = '\n'.join(wrong(read(changed)))
+    assert said in found and bool(said) == bool(found)

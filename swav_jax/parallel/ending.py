@@ -20,8 +20,7 @@ from typing import NoReturn
 import jax
 from jax._src import distributed as jax_distributed
 
-from swav_jax.runs.signals import say
-from swav_jax.terminal import printable
+from swav_jax.terminal import printable, say
 
 HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
 _NOTICE = 5  # seconds in which a process may find out by itself what another one tells it

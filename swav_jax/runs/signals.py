@@ -8,9 +8,10 @@ import _thread
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
+
+from swav_jax.terminal import say
 
 # What a process asks of all: it travels with the batch, and the largest number counts.
 SAVE, STOP, STOP_FOR_USER = 1, 2, 3
@@ -80,10 +81,3 @@ class Signals:
             elif number == signal.SIGINT:
                 say('stopped at once')
                 os._exit(128 + signal.SIGINT)
-
-
-def say(text: str) -> None:
-    """Write a line to stderr, from any thread and whatever the others hold."""
-    show_cursor = '\x1b[?25h' if sys.stderr.isatty() else ''
-    with contextlib.suppress(OSError):  # nobody reads it, and the signal counts all the same
-        os.write(2, f'{show_cursor}{text}\n'.encode())
