@@ -13,7 +13,7 @@ from configs import demo
 from swav_jax import config as settings
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource
-from swav_jax.evaluate import figures, gallery, report, tsne
+from swav_jax.evaluate import figures, gallery, report
 from swav_jax.evaluate.features import Features
 
 
@@ -220,10 +220,10 @@ def test_a_thumbnail_is_the_middle_of_any_image(tmp_path):
 def test_a_map_keeps_neighbours():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((6, 20))[rng.integers(0, 6, 150)] + 0.3 * rng.standard_normal((150, 20))
-    points = tsne.embed(x)
+    points = figures.tsne(x)
     assert trustworthiness(x, points) > 0.97
-    np.testing.assert_array_equal(points, tsne.embed(x))
-    assert np.isfinite(tsne.embed(np.ones((5, 3)))).all(), 'equal points are no trouble'
+    np.testing.assert_array_equal(points, figures.tsne(x))
+    assert np.isfinite(figures.tsne(np.ones((5, 3)))).all(), 'equal points are no trouble'
 
 
 def small_features(count, *, labels=None, names=None, readable=None, channels=3, prototypes=4):

@@ -49,39 +49,20 @@ def nmi(labels: np.ndarray, assignments: np.ndarray) -> float:
     """Normalised mutual information in [0, 1], over the arithmetic mean of the two entropies.
 
     Two partitions that both have one part alone agree: 1.
+
+    Raises:
+      ValueError: the labels (N,) and assignments (N,) are not equally many.
     """
-    table = contingency(labels, assignments) / len(labels)
-    by_label, by_cluster = table.sum(1), table.sum(0)
-    mean_entropy = (_entropy(by_label) + _entropy(by_cluster)) / 2
-    if mean_entropy == 0:
-        return 1.0
-    information = _entropy(by_label) + _entropy(by_cluster) - _entropy(table)
-    return float(np.clip(information / mean_entropy, 0, 1))
+    from sklearn import metrics  # takes a second to import, which not every command has to spend
+
+    return float(metrics.normalized_mutual_info_score(labels, assignments))
 
 
 def purity(labels: np.ndarray, assignments: np.ndarray) -> float:
     """Share of images that have the most frequent label of their cluster."""
-    return float(contingency(labels, assignments).max(0).sum() / len(labels))
+    from sklearn.metrics.cluster import contingency_matrix
 
-
-def contingency(labels: np.ndarray, assignments: np.ndarray) -> np.ndarray:
-    """How many images have label i and are in cluster j; int64 (labels, clusters) that occur.
-
-    Raises:
-      ValueError: the two are not equally many, or there are none.
-    """
-    if len(labels) != len(assignments) or len(labels) == 0:
-        raise ValueError(f'{len(labels)} labels for {len(assignments)} assignments')
-    _, i = np.unique(labels, return_inverse=True)
-    _, j = np.unique(assignments, return_inverse=True)
-    return np.bincount(i * (j.max() + 1) + j, minlength=(i.max() + 1) * (j.max() + 1)).reshape(
-        i.max() + 1, j.max() + 1
-    )
-
-
-def _entropy(p: np.ndarray) -> float:
-    p = p[p > 0]
-    return float(-np.sum(p * np.log(p)))
+    return float(contingency_matrix(labels, assignments).max(0).sum() / len(labels))
 
 
 def write(

@@ -126,6 +126,22 @@ def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int)
         axes.text(y=46, s=text, fontsize=7, color=GRAY, **style)
 
 
+def tsne(x: np.ndarray) -> np.ndarray:
+    """A map (N, 2) of points (N, D) that keeps neighbours, by t-SNE; the same for the same points.
+
+    Args:
+      x: N points, at least 4, of at least 2 dimensions.
+    """
+    from sklearn.manifold import TSNE  # takes seconds to import, which training need not wait for
+    from threadpoolctl import threadpool_limits
+
+    if not np.ptp(x, axis=0).any():  # equal points, which have no principal axes
+        return np.zeros((len(x), 2), np.float32)
+    reduce = TSNE(init='pca', perplexity=min(30, len(x) / 3), random_state=0)
+    with threadpool_limits(1):  # more threads add up in the order in which they come to an end
+        return reduce.fit_transform(x)
+
+
 def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | None) -> Figure:
     """Points (N, 2) in the colours of their groups (N,); `names` of the groups, if to be told.
 

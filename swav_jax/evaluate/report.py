@@ -34,13 +34,13 @@ import swav_jax
 from swav_jax import atomic
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate import clusters, command, figures, gallery, labelled, tsne
+from swav_jax.evaluate import clusters, command, figures, gallery, labelled
 from swav_jax.evaluate.features import Features, check
 from swav_jax.runs.monitor import read_rows
 from swav_jax.runs.tensorboard import TensorBoard
 from swav_jax.terminal import printable
 
-MAPPED = 1000  # images in the map; its cost grows with their square
+MAPPED = 1000  # images in the map: about 5 seconds of a CPU core
 PICTURED = 2000  # images to look at, where none are named
 
 CURVES = {  # by the names in metrics.jsonl
@@ -317,7 +317,7 @@ def _map(found: Features, source: Source) -> Figure | None:
     chosen = _some(found, MAPPED)
     if found.embeddings is None or len(chosen) < 4:
         return None
-    points = tsne.embed(found.embeddings[chosen])
+    points = figures.tsne(found.embeddings[chosen])
     if _few_classes(found):
         names = [gallery.class_name(source, i) for i in range(found.labels.max() + 1)]
         return figures.point_map(points, found.labels[chosen], names)
