@@ -11,7 +11,7 @@ __version__ = '0.1.0'
 
 # Where each public name is; what type checkers read below says the same.
 _PLACES = {
-    'Features': 'evaluate.features.Features',
+    'Features': 'evaluate.extraction.Features',
     'Model': 'evaluate.model.Model',
     'RunFailedError': 'errors.RunFailedError',
     'StoppedError': 'errors.StoppedError',
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from swav_jax.config import default as default_config
     from swav_jax.config.file import load_config
     from swav_jax.errors import RunFailedError, StoppedError, UserError
-    from swav_jax.evaluate.features import Features
+    from swav_jax.evaluate.extraction import Features
     from swav_jax.evaluate.knn import neighbors, vote
     from swav_jax.evaluate.model import Model, load, load_weights
     from swav_jax.methods.swav import sinkhorn_codes, swav_loss

@@ -13,7 +13,7 @@ from swav_jax import augment, models
 from swav_jax.data import pipeline, sources
 from swav_jax.data.images import ArraySource
 from swav_jax.errors import UserError
-from swav_jax.evaluate import clusters, features, knn
+from swav_jax.evaluate import clusters, extraction, knn
 from swav_jax.parallel import mesh as meshes
 
 
@@ -117,7 +117,7 @@ def test_features_of_every_image_in_order(network):
     net, variables, config = network
     source = sources.open_source('demo:test', limit=37, channels=1)
     config.evaluate.batch_size = 10
-    found = features.extract(net, variables, source, config)
+    found = extraction.extract(net, variables, source, config)
     assert len(found) == 37
     assert found.readable.all()
     np.testing.assert_array_equal(found.labels, source.labels)
@@ -135,7 +135,7 @@ def test_features_of_every_image_in_order(network):
     assert np.std(found.embeddings, 0).mean() > 0.001, 'the images differ'
 
     three = Mesh(np.array(jax.devices()[:3]).reshape(3, 1), meshes.AXES)
-    again = features.extract(net, variables, source, config, three)
+    again = extraction.extract(net, variables, source, config, three)
     np.testing.assert_allclose(again.trunk, found.trunk, rtol=1e-4, atol=1e-5)
 
 
@@ -146,7 +146,7 @@ def test_an_unreadable_image_keeps_its_place(network, tmp_path):
         Image.fromarray(demo_source.read(i)[..., 0]).save(tmp_path / f'{i}.png')
     (tmp_path / '1.png').write_bytes(b'not an image')
     source = sources.open_source(f'folder:{tmp_path}', channels=1)
-    found = features.extract(net, variables, source, config)
+    found = extraction.extract(net, variables, source, config)
     assert found.readable.tolist() == [True, False, True]
     assert found.labels is None
 
@@ -154,6 +154,6 @@ def test_an_unreadable_image_keeps_its_place(network, tmp_path):
 def test_images_smaller_than_the_crop_are_enlarged(network):
     net, variables, config = network
     images = np.random.default_rng(0).integers(0, 255, (3, 9, 5, 1), np.uint8)
-    found = features.extract(net, variables, ArraySource('x', images), config)
+    found = extraction.extract(net, variables, ArraySource('x', images), config)
     assert np.isfinite(found.trunk).all()
     assert np.std(found.embeddings, 0).mean() > 1e-4

@@ -14,7 +14,17 @@ from small_training import build, small_config
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource
 from swav_jax.errors import UserError
-from swav_jax.evaluate import classifier, clusters, command, features, knn, linear, report, semi
+from swav_jax.evaluate import (
+    classifier,
+    clusters,
+    command,
+    extraction,
+    features,
+    knn,
+    linear,
+    report,
+    semi,
+)
 from swav_jax.evaluate.classifier import Recipe
 from swav_jax.evaluate.model import Model
 from swav_jax.evaluate.online import OnlineEvaluation
@@ -123,26 +133,26 @@ def test_the_bound_on_unreadable_images(bad, allowed, said):
     readable = np.arange(10) >= bad
     if allowed in (0.01, 1.0):
         with pytest.raises(UserError) as caught:
-            features.check_readable(readable, source, allowed)
+            extraction.check_readable(readable, source, allowed)
         assert said in str(caught.value)
     else:
-        lines = features.check_readable(readable, source, allowed)
+        lines = extraction.check_readable(readable, source, allowed)
         assert said in lines[0] if said else lines == []
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf])
 def test_features_that_are_not_finite_are_named(value, monkeypatch):
     """Those of unreadable images may be so."""
-    monkeypatch.setattr(features, '_CHECKED_ROWS', 3)
+    monkeypatch.setattr(extraction, '_CHECKED_ROWS', 3)
     x, readable = np.ones((8, 2), np.float32), np.arange(8) != 7
-    found = features.Features(x, x.copy(), (x.copy(), x.copy()), None, readable)
+    found = extraction.Features(x, x.copy(), (x.copy(), x.copy()), None, readable)
     found.embeddings[7] = value
-    assert features.not_finite(found) == []
+    assert extraction.not_finite(found) == []
     found.scores[1][6, 1] = value
-    assert features.not_finite(found) == ['scores1']
+    assert extraction.not_finite(found) == ['scores1']
     c = small_config(**{'data.max_bad_fraction': 0.5})
     with pytest.raises(UserError, match=r'not finite .scores1.: its weights are damaged'):
-        features.check(found, ArraySource('x', np.zeros((8, 1, 1, 3), np.uint8)), c)
+        extraction.check(found, ArraySource('x', np.zeros((8, 1, 1, 3), np.uint8)), c)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ FORBIDDEN = {
     'swav_jax.commands': ('jax', 'tensorflow', 'torch', 'flax'),
     'swav_jax.torch_weights': ('torch', 'tensorflow'),
     'swav_jax.data.sources': ('jax', 'flax'),
+    'swav_jax.evaluate.model': ('swav_jax.cli', 'swav_jax.evaluate.command'),
 }
 
 # Folders and files of swav_jax/: each imports from the lines above its own, not from beside it.
@@ -43,11 +44,7 @@ AGAINST = {
     # config.init_from and --weights may name a run's folder; its weights are read as PyTorch's are.
     ('torch_weights', 'runs'),
 }
-# Circles between modules, each with its reason.
-CIRCLES = [
-    # The ends of the evaluations' files are commands, which load the model: to be taken apart.
-    {'evaluate.command', 'evaluate.features', 'evaluate.model'},
-]
+CIRCLES = []
 
 # Packages that one part alone may import.
 ONLY = {

@@ -14,7 +14,7 @@ from swav_jax import config as settings
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource
 from swav_jax.evaluate import figures, gallery, report
-from swav_jax.evaluate.features import Features
+from swav_jax.evaluate.extraction import Features
 
 
 def features_of(source, seed=0, prototypes=9):

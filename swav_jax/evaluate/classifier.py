@@ -20,7 +20,7 @@ from swav_jax.data.bad_images import BadImages
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import labelled
-from swav_jax.evaluate.features import check, extract
+from swav_jax.evaluate.extraction import check, extract
 from swav_jax.evaluate.model import Model
 from swav_jax.models.norm import BatchNorm
 from swav_jax.parallel import mesh as meshes

@@ -22,7 +22,7 @@ import numpy as np
 
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate import command, features, labelled, outputs
+from swav_jax.evaluate import command, extraction, labelled, outputs
 from swav_jax.terminal import printable
 
 _WRITTEN = r'assignments\.csv|soft\.npy|prototype_\d+\.txt'
@@ -113,7 +113,7 @@ def _main(arguments: argparse.Namespace) -> None:
     source = model.open(arguments.source or model.config.data.source, arguments.limit)
     labelled.say(source.notes)
     found = model.extract(source, progress=True)
-    labelled.say(features.check(found, source, model.config))
+    labelled.say(extraction.check(found, source, model.config))
     scores, readable = found.scores[arguments.head], found.readable
     assignments = write(out, source, scores, model.config.loss.temperature, readable)
     used = np.sort(sizes(assignments, scores.shape[1]))[::-1]

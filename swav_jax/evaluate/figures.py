@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from swav_jax.data.images import Source
 from swav_jax.evaluate import gallery
-from swav_jax.evaluate.features import Features
+from swav_jax.evaluate.extraction import Features
 
 _LONGEST = 20  # letters of a name
 BLUE, ORANGE, GRAY = '#2563a8', '#c2571a', '#6b7280'

@@ -13,7 +13,7 @@ from swav_jax import augment
 from swav_jax.data import decode, pipeline
 from swav_jax.data.images import ArraySource, Source
 from swav_jax.evaluate import clusters, knn
-from swav_jax.evaluate.features import Features
+from swav_jax.evaluate.extraction import Features
 from swav_jax.terminal import printable
 
 THUMBNAIL = 64  # pixels

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from swav_jax.errors import UserError
-from swav_jax.evaluate import command, features, labelled
+from swav_jax.evaluate import command, extraction, labelled
 
 # One block of similarities is at most this large: 256 MB.
 _TEST_ROWS = 8192
@@ -191,7 +191,7 @@ def _main(arguments: argparse.Namespace) -> None:
 
     def look(source):
         found = model.extract(source, progress=True)
-        labelled.say(features.check(found, source, model.config))
+        labelled.say(extraction.check(found, source, model.config))
         return getattr(found, arguments.features)[found.readable], found.labels[found.readable]
 
     (train_x, train_y), (test_x, test_y) = look(train), look(test)

@@ -37,7 +37,7 @@ from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, labelled, logistic, outputs
 from swav_jax.evaluate.classifier import Recipe, accuracies, describe, fit
-from swav_jax.evaluate.features import check
+from swav_jax.evaluate.extraction import check
 from swav_jax.evaluate.model import Model
 from swav_jax.terminal import printable
 

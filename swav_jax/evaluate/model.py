@@ -18,7 +18,7 @@ from swav_jax.config.file import override
 from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate.features import Features, extract
+from swav_jax.evaluate.extraction import Features, extract
 from swav_jax.precision import COMPUTE_DTYPES
 from swav_jax.runs import digest
 from swav_jax.runs.checkpoint import Checkpoints
@@ -61,7 +61,7 @@ class Model:
         )
 
     def extract(self, source: Source | str, **options: Any) -> Features:
-        """Features of all images of a source; `options` as in `features.extract`."""
+        """Features of all images of a source; `options` as in `extraction.extract`."""
         source = self.open(source) if isinstance(source, str) else source
         return extract(
             self.net,

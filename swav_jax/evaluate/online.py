@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from swav_jax import models
 from swav_jax.data import sources
 from swav_jax.errors import UserError
-from swav_jax.evaluate import clusters, features, knn, labelled
+from swav_jax.evaluate import clusters, extraction, knn, labelled
 from swav_jax.state import TrainState
 
 Results = dict[str, float]
@@ -81,11 +81,11 @@ class OnlineEvaluation:
             return {}
         train, test = self.look(state, self.pair.train), self.look(state, self.test)
         for source, found in ((self.pair.train, train), (self.test, test)):
-            for line in features.check_readable(
+            for line in extraction.check_readable(
                 found.readable, source, self.config.data.max_bad_fraction
             ):
                 self._say_once(line, say)
-        if bad := features.not_finite(train) + features.not_finite(test):
+        if bad := extraction.not_finite(train) + extraction.not_finite(test):
             say(f'no kNN accuracy and no NMI: the network makes {", ".join(bad)} not finite')
             return {}
         rows = self.pair.rows[test.readable[self.pair.rows]]
@@ -107,7 +107,7 @@ class OnlineEvaluation:
             say(line)
         self._said.add(line)
 
-    def look(self, state: TrainState, source: sources.Source) -> features.Features:
+    def look(self, state: TrainState, source: sources.Source) -> extraction.Features:
         """Features of all images of a source."""
         variables = {'params': state.params, 'batch_stats': state.batch_stats}
-        return features.extract(self.net, variables, source, self.config, self.mesh)
+        return extraction.extract(self.net, variables, source, self.config, self.mesh)

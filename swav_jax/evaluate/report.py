@@ -35,7 +35,7 @@ from swav_jax import atomic
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import clusters, command, figures, gallery, labelled
-from swav_jax.evaluate.features import Features, check
+from swav_jax.evaluate.extraction import Features, check
 from swav_jax.runs.monitor import read_rows
 from swav_jax.runs.tensorboard import TensorBoard
 from swav_jax.terminal import printable

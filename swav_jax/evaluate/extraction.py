@@ -1,0 +1,249 @@
+"""What a network makes of images: trunk features, embeddings and prototype scores, in eval mode."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict, FrozenConfigDict
+from rich.progress import track
+
+from swav_jax import augment
+from swav_jax.data import pipeline
+from swav_jax.data.images import Source
+from swav_jax.errors import UserError
+from swav_jax.evaluate import labelled
+from swav_jax.models import SwAVNet
+
+_CHECKED_ROWS = 8192  # of memory maps, at a time
+
+Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
+
+
+@dataclass
+class Features:
+    """Of N images, in the order of their source; float32 on the host.
+
+    Attributes:
+      trunk: (N, F) pooled features of the trunk.
+      embeddings: (N, D) projections, of length 1 unless the head leaves them as they are; None of
+        a network without a head.
+      scores: for each prototype head (N, K).
+      labels: (N,) int32 indices of the source's `class_names`, -1 where not known; or None.
+      readable: (N,) bool; False for an image that could not be decoded, whose features are those of
+        a gray picture.
+    """
+
+    trunk: np.ndarray
+    embeddings: np.ndarray | None
+    scores: tuple[np.ndarray, ...]
+    labels: np.ndarray | None
+    readable: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.trunk)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of them by name, the scores of head i as `scores{i}`."""
+        named = {'trunk': self.trunk, 'embeddings': self.embeddings, 'labels': self.labels}
+        named |= {f'scores{i}': scores for i, scores in enumerate(self.scores)}
+        named['readable'] = self.readable
+        return {name: array for name, array in named.items() if array is not None}
+
+
+def extract(
+    net: SwAVNet,
+    variables: Any,
+    source: Source,
+    config: ConfigDict,
+    mesh: Mesh | None = None,
+    *,
+    has_head: bool = True,
+    progress: bool = False,
+    allocate: Allocate = lambda name, shape: np.empty(shape, np.float32),
+) -> Features:
+    """Features of every image of a source, on all devices.
+
+    Each image is resized and cropped as `config.evaluate` says. With several processes each reads
+    its share of the images, and all get the whole result.
+
+    Args:
+      net: the network.
+      variables: its `params` and `batch_stats`.
+      source: N images.
+      config: all settings, of which `data` and `evaluate` are read.
+      mesh: whose devices to use (default: all).
+      has_head: whether to compute embeddings and scores, too.
+      progress: whether to show a progress bar.
+      allocate: makes the float32 array of a given name and shape that takes a result.
+
+    Raises:
+      UserError: `config.evaluate.size` is larger than `config.evaluate.resize`.
+    """
+    devices = jax.local_devices() if mesh is None else mesh.local_devices
+    share = np.array_split(np.arange(len(source)), jax.process_count())[jax.process_index()]
+    mine = source if len(share) == len(source) else source.take(share)
+    rows = -(-_rows(len(mine), config.evaluate.batch_size) // len(devices)) * len(devices)
+    batches = _batches(net, variables, mine, config, devices, rows, has_head)
+    if progress:
+        batches = track(batches, 'features', total=-(-len(mine) // rows))
+
+    found, readable, done = None, np.zeros(len(mine), bool), 0
+    for results, weight in batches:
+        if found is None:
+            found = {name: allocate(name, (len(mine), *x.shape[1:])) for name, x in results.items()}
+        place = slice(done, done + len(weight))
+        for name, output in results.items():
+            found[name][place] = output
+        readable[place] = weight > 0
+        done += len(weight)
+    found['readable'] = readable
+    if jax.process_count() > 1:
+        found = _gather(found, len(source))
+    scores = tuple(found[f'scores{i}'] for i in range(sum(name[:6] == 'scores' for name in found)))
+    return Features(
+        found['trunk'], found.get('embeddings'), scores, source.labels, found['readable']
+    )
+
+
+def _rows(count: int, most: int) -> int:
+    """Rows of a batch of `count` images: few sizes, since each is compiled, but few rows wasted."""
+    return next((rows for rows in (8, 64, 512) if count <= rows <= most), most)
+
+
+def _batches(
+    net: SwAVNet,
+    variables: Any,
+    source: Source,
+    config: ConfigDict,
+    devices: Any,
+    rows: int,
+    has_head: bool,
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Results and weights of one batch after another, without the rows that fill up the last."""
+    mesh = Mesh(np.array(devices), ('image',))
+    variables = jax.device_put(jax.tree.map(_local, variables), NamedSharding(mesh, P()))
+    batches = pipeline.eval_batches(
+        source,
+        canvas_size=config.data.canvas_size,
+        channels=config.data.channels,
+        resize=config.evaluate.resize,
+        size=config.evaluate.size,
+        batch_size=rows,
+    )
+    # No more than is read of the settings, so that others can change without compiling anew.
+    look = FrozenConfigDict({name: config.data[name] for name in ('mean', 'std')})
+    settings = dict(size=config.evaluate.size, data=look, has_head=has_head)
+    sharding = NamedSharding(mesh, P('image'))
+    pending = None  # fetched one batch late: the host decodes while the devices compute
+    for batch in batches:
+        pictures = {name: batch[name] for name in ('image', 'size', 'boxes')}
+        results = _look(net, variables, jax.device_put(pictures, sharding), **settings)
+        done, pending = pending, (results, batch)
+        if done is not None:
+            yield _fetch(*done)
+    if pending is not None:
+        yield _fetch(*pending)
+
+
+@functools.partial(jax.jit, static_argnames=('net', 'size', 'data', 'has_head'))
+def _look(net, variables, batch, *, size, data, has_head):
+    def everything(net, images):
+        trunk = net.features(images)
+        if not has_head:
+            return {'trunk': trunk}
+        embeddings, scores = net.head(trunk, False)
+        named = {f'scores{i}': head for i, head in enumerate(scores)}
+        return {'trunk': trunk, 'embeddings': embeddings} | named
+
+    images = augment.center_crop(batch, size=size, data=data)
+    return net.apply(variables, images, method=everything)
+
+
+def _fetch(
+    results: dict[str, jax.Array], batch: pipeline.Batch
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    real = batch['index'] >= 0
+    return {name: np.asarray(x)[real] for name, x in results.items()}, batch['weight'][real]
+
+
+def _local(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """A replicated array of all processes as one of this process."""
+    return x if getattr(x, 'is_fully_addressable', True) else x.addressable_data(0)
+
+
+def _gather(found: dict[str, np.ndarray], total: int) -> dict[str, np.ndarray]:
+    """Put the processes' shares, which differ by one row at most, behind each other."""
+    counts = [len(s) for s in np.array_split(np.arange(total), jax.process_count())]
+
+    def gather(x):
+        filled = np.concatenate([x, np.zeros((max(counts) - len(x), *x.shape[1:]), x.dtype)])
+        shares = multihost_utils.process_allgather(filled)
+        return np.concatenate([share[:n] for share, n in zip(shares, counts, strict=True)])
+
+    return {name: gather(x) for name, x in found.items()}
+
+
+def check(found: Features, source: Source, config: ConfigDict) -> list[str]:
+    """Refuse features that say little or nothing; returns a line on the images that are left out.
+
+    Args:
+      found: features of `source`.
+      source: the images.
+      config: all settings, of which `data.max_bad_fraction` and `precision` are read.
+
+    Raises:
+      UserError: no image could be read, or too few, or a feature is not finite.
+    """
+    said = check_readable(found.readable, source, config.data.max_bad_fraction)
+    if bad := not_finite(found):
+        raise UserError(
+            f'the network makes of images numbers that are not finite ({", ".join(bad)}): its '
+            f'weights are damaged, or their products too large for config.precision='
+            f'{config.precision!r}'
+        )
+    return said
+
+
+def check_readable(readable: np.ndarray, source: Source, max_bad_fraction: float) -> list[str]:
+    """Refuse images of which too many cannot be read; returns a line on those that cannot.
+
+    Args:
+      readable: (N,) bool.
+      source: the N images.
+      max_bad_fraction: `config.data.max_bad_fraction`.
+
+    Raises:
+      UserError: none can be read, or too few.
+    """
+    bad = np.flatnonzero(~readable)
+    if not len(bad):
+        return []
+    names = labelled.few([source.name(int(i)) for i in bad[: labelled.SHOWN]], len(bad))
+    if len(bad) == len(source):
+        raise UserError(f'none of {len(source):,} images can be read: {names}')
+    count = f'{len(bad):,} of {len(source):,} images cannot be read'
+    if len(bad) > max_bad_fraction * len(source):
+        raise UserError(
+            f'{count}, more than config.data.max_bad_fraction={max_bad_fraction} allows: {names}; '
+            'repair or remove them, or allow more'
+        )
+    return [f'{count} and do not count: {names}']
+
+
+def not_finite(found: Features) -> list[str]:
+    """Names of the features that are not finite of all readable images."""
+    bad = []
+    for name, array in found.arrays().items():
+        if array.dtype.kind == 'f':
+            for start in range(0, len(array), _CHECKED_ROWS):
+                rows = slice(start, start + _CHECKED_ROWS)
+                if not np.isfinite(array[rows][found.readable[rows]]).all():
+                    bad.append(name)
+                    break
+    return bad
