@@ -1,7 +1,13 @@
-"""kNN accuracy and NMI while a run goes on."""
+"""What a run measures while it goes on, on images that it does not train on.
 
-from collections.abc import Callable
+An evaluation is a class like `KNN` and its name in `EVALUATIONS`. What it measures goes to
+events.jsonl, to summary.json and to the report, which take the names from it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 from jax.sharding import Mesh
@@ -14,6 +20,101 @@ from swav_jax.evaluate import clusters, extraction, knn, labelled
 from swav_jax.state import TrainState
 
 Results = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the report shows a number.
+
+    Attributes:
+      title: of its curve.
+      tile: what stands beneath the last value.
+      form: format of that value.
+    """
+
+    title: str
+    tile: str
+    form: str = '{:.3g}'
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A network and what it makes of labelled images.
+
+    Attributes:
+      state: the network.
+      pair: the images to learn from and those of their classes to test on.
+      train: features of `pair.train`.
+      test: features of all images of the test source; `pair.rows` are those of `pair.test`.
+    """
+
+    state: TrainState
+    pair: labelled.Pair
+    train: extraction.Features
+    test: extraction.Features
+
+
+class Evaluation:
+    """One way to judge a network, opened once for a run.
+
+    Attributes:
+      name: what messages call it.
+      metrics: all that `run` can measure, and how the report shows it.
+
+    Raises:
+      UserError: it cannot be done with these settings or images.
+    """
+
+    name: str
+    metrics: Mapping[str, Metric]
+
+    def __init__(self, config: ConfigDict, pair: labelled.Pair):
+        self.config = config
+
+    def run(self, seen: Seen) -> Results:
+        """The numbers by their names."""
+        raise NotImplementedError
+
+
+class KNN(Evaluation):
+    """Top-1 accuracy, in percent, of the nearest neighbours' votes."""
+
+    name = 'kNN accuracy'
+    metrics = MappingProxyType({'knn_top1': Metric('kNN top-1, percent', 'kNN top-1', '{:.1f}%')})
+
+    def __init__(self, config: ConfigDict, pair: labelled.Pair):
+        super().__init__(config, pair)
+        knn.check(config.evaluate.k, len(pair.train))
+
+    def run(self, seen: Seen) -> Results:
+        """Of the test images whose class the training images have."""
+        voters, judged = seen.train.readable, seen.test.readable[seen.pair.rows]
+        top1 = knn.accuracy(
+            seen.train.trunk[voters],
+            seen.pair.train.labels[voters],
+            seen.test.trunk[seen.pair.rows[judged]],
+            seen.pair.test.labels[judged],
+            k=self.config.evaluate.k,
+            temperature=self.config.evaluate.temperature,
+        )
+        return {'knn_top1': top1}
+
+
+class PrototypeNMI(Evaluation):
+    """Normalised mutual information of the first head's nearest prototypes and the labels."""
+
+    name = 'NMI'
+    metrics = MappingProxyType({'nmi': Metric('NMI', 'NMI of prototypes and labels', '{:.3f}')})
+
+    def run(self, seen: Seen) -> Results:
+        """Of all labelled test images."""
+        test = seen.test
+        known = test.readable & (test.labels >= 0)
+        return {'nmi': clusters.nmi(test.labels[known], clusters.assign(test.scores[0][known]))}
+
+
+EVALUATIONS = (KNN, PrototypeNMI)
+METRICS = {name: metric for kind in EVALUATIONS for name, metric in kind.metrics.items()}
 
 
 class OnlineEvaluation:
@@ -35,7 +136,7 @@ class OnlineEvaluation:
 
     def __init__(self, config: ConfigDict, net: models.SwAVNet, mesh: Mesh, workdir: Path):
         self.config, self.net, self.mesh = config, net, mesh
-        self.pair, self.notes, self._said = None, (), set()
+        self.pair, self.evaluations, self.notes, self._said = None, [], (), set()
         specs = {name: config.evaluate[f'{name}_source'] for name in ('train', 'test')}
         if specs['train'] and not specs['test']:
             raise UserError(
@@ -63,10 +164,10 @@ class OnlineEvaluation:
             names = [f'config.evaluate.{name}_source={spec}' for name, spec in specs.items()]
             self.pair = labelled.pair(train, self.test, names)
             self.notes += self.pair.notes
-            knn.check(config.evaluate.k, len(self.pair.train))
+            self.evaluations = [kind(config, self.pair) for kind in EVALUATIONS]
 
     def run(self, state: TrainState, say: Callable[[str], None] = print) -> Results:
-        """`knn_top1` in percent, and `nmi` of prototypes and labels; empty without labels.
+        """All that `EVALUATIONS` measure; empty without labels.
 
         Images that cannot be read do not count.
 
@@ -86,21 +187,15 @@ class OnlineEvaluation:
             ):
                 self._say_once(line, say)
         if bad := extraction.not_finite(train) + extraction.not_finite(test):
-            say(f'no kNN accuracy and no NMI: the network makes {", ".join(bad)} not finite')
+            no = ' and '.join(f'no {evaluation.name}' for evaluation in self.evaluations)
+            say(f'{no}: the network makes {", ".join(bad)} not finite')
             return {}
-        rows = self.pair.rows[test.readable[self.pair.rows]]
-        voters = train.readable
-        top1 = knn.accuracy(
-            train.trunk[voters],
-            self.pair.train.labels[voters],
-            test.trunk[rows],
-            self.pair.test.labels[test.readable[self.pair.rows]],
-            k=self.config.evaluate.k,
-            temperature=self.config.evaluate.temperature,
-        )
-        known = test.readable & (self.test.labels >= 0)
-        nmi = clusters.nmi(self.test.labels[known], clusters.assign(test.scores[0][known]))
-        return {'knn_top1': top1, 'nmi': nmi}
+        seen = Seen(state, self.pair, train, test)
+        return {
+            name: value
+            for evaluation in self.evaluations
+            for name, value in evaluation.run(seen).items()
+        }
 
     def _say_once(self, line: str, say: Callable[[str], None]) -> None:
         if line not in self._said and jax.process_index() == 0:
