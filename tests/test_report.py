@@ -2,18 +2,19 @@
 
 import json
 import re
+import shutil
 
-import browser
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import sync_playwright
 from sklearn.manifold import trustworthiness
 
 from configs import demo
 from swav_jax import config as settings
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource
-from swav_jax.evaluate import figures, gallery, report
+from swav_jax.evaluate import figures, gallery, online, page, report
 from swav_jax.evaluate.extraction import Features
 
 
@@ -111,30 +112,71 @@ def test_pictures(workdir):
     assert left == {'report.html'}
 
 
-@pytest.mark.skipif(not browser.BINARY, reason='needs Chromium')
-def test_a_browser_shows_it(workdir, tmp_path):
-    with browser.browser(tmp_path) as tab:
-        for width, phone in ((1280, False), (390, True)):
-            tab.open(workdir / 'report.html', width, 900, phone=phone)
-            said = [e for e in tab.events if e.get('method') in browser.COMPLAINTS]
-            assert not said
-            requests = [
-                e['params']['request']['url']
-                for e in tab.events
-                if e.get('method') == 'Network.requestWillBeSent'
-            ]
-            assert [url for url in requests if not url.startswith('data:')] == [
-                (workdir / 'report.html').as_uri()
-            ]
-            assert tab.evaluate('document.documentElement.scrollWidth') <= width
-            assert tab.evaluate('document.images.length') > 100
-            assert tab.evaluate('[...document.images].every(image => image.naturalWidth)')
-            lines = tab.evaluate(
-                '[...document.querySelectorAll(".strip")].map(strip => new Set('
-                '[...strip.querySelectorAll(".thumb")].map(image => image.offsetTop)).size)'
-            )
-            assert max(lines) == 1, 'a prototype takes one line'
-        assert tab.print().startswith(b'%PDF')
+CHROMIUM = next(
+    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
+)
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    if CHROMIUM is None:
+        pytest.skip('needs Chromium')
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
+
+
+@pytest.mark.parametrize(('width', 'phone'), [(1280, False), (390, True)])
+def test_a_browser_shows_it(workdir, chromium, width, phone):
+    size = {'width': width, 'height': 900}
+    page = chromium.new_page(viewport=size, is_mobile=phone, device_scale_factor=1 + phone)
+    said, requests = [], []
+    page.on('console', lambda message: said.append(message.text))
+    page.on('pageerror', lambda error: said.append(error.message))
+    page.on('request', lambda request: requests.append(request.url))
+    page.goto((workdir / 'report.html').as_uri())
+    assert not said
+    assert [url for url in requests if not url.startswith('data:')] == [
+        (workdir / 'report.html').as_uri()
+    ]
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    assert page.evaluate('document.images.length') > 100
+    assert page.evaluate('[...document.images].every(image => image.naturalWidth)')
+    lines = page.evaluate(
+        '[...document.querySelectorAll(".strip")].map(strip => new Set('
+        '[...strip.querySelectorAll(".thumb")].map(image => image.offsetTop)).size)'
+    )
+    assert max(lines) == 1, 'a prototype takes one line'
+    assert page.pdf().startswith(b'%PDF')
+
+
+def test_a_name_as_long_as_it_likes_makes_no_page_wider(chromium, tmp_path):
+    source, found = small_features(4, labels=[0, 0, 1, 1], names=['x' * 300, '<b>&"'])
+    report.write(tmp_path, found, source)
+    page = chromium.new_page(viewport={'width': 390, 'height': 900}, is_mobile=True)
+    page.goto((tmp_path / 'report.html').as_uri())
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
+
+
+def test_the_page_shows_a_measure_that_it_does_not_know(tmp_path):
+    """What another version of the program has measured, by the name in events.jsonl."""
+    write_log(tmp_path)
+    with (tmp_path / 'events.jsonl').open('a') as file:
+        for epoch, name in ((0, '$x_{$_untrained'), (2, '$x_{$'), (3, '$x_{$'), (3, '<b>')):
+            file.write(json.dumps({'step': 1, 'epoch': epoch, name: 0.5 + epoch / 4}) + '\n')
+    summary = json.loads((tmp_path / 'summary.json').read_text())
+    summary |= {'$x_{$': 1.25, '$x_{$_untrained': 0.5}
+    (tmp_path / 'summary.json').write_text(json.dumps(summary))
+    source, found = small_features(3)
+    assert report.write(tmp_path, found, source) == []
+    page = (tmp_path / 'report.html').read_text()
+    assert 'alt="$x_{$"' in page and 'alt="&lt;b&gt;"' in page
+    assert '<b>1.25</b><span>$x_{$, 0.5 untrained</span>' in page
+
+
+def test_the_report_of_an_evaluation_is_what_the_registry_says():
+    for kind in online.EVALUATIONS:
+        assert kind.name and kind.metrics.items() <= page.measured([]).items()
+    assert page.measured([{'step': 1, 'epoch': 0.0, 'nmi': 1.0}]) == online.METRICS
 
 
 def test_a_report_of_little(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from swav_jax.data.images import Source
-from swav_jax.evaluate import gallery
+from swav_jax.evaluate import clusters, gallery
 from swav_jax.evaluate.extraction import Features
 
 _LONGEST = 20  # letters of a name
@@ -76,7 +76,7 @@ def metric(
     figure = Figure(figsize=(4.6, 2.7), layout='constrained')
     axes = figure.subplots()
     _curve(axes, epochs, values, reference, label)
-    axes.set_title(title, loc='left', fontsize=11)
+    axes.set_title(title, loc='left', fontsize=11, parse_math=False)
     axes.set_xlabel('epoch')
     return figure
 
@@ -124,6 +124,26 @@ def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int)
     if 'label' in prototype:
         text = f'{_short(prototype["label"])}\n{prototype["share"]:.0%}'
         axes.text(y=46, s=text, fontsize=7, color=GRAY, **style)
+
+
+def embeddings(found: Features, source: Source) -> Figure | None:
+    """A map of embeddings in the colours of their classes or, of many classes, their prototypes.
+
+    None where there are no embeddings, or too few.
+    """
+    chosen = gallery.spread(found)
+    if found.embeddings is None or len(chosen) < 4:
+        return None
+    points = tsne(found.embeddings[chosen])
+    if few_classes(found):
+        names = [gallery.class_name(source, i) for i in range(found.labels.max() + 1)]
+        return point_map(points, found.labels[chosen], names)
+    return point_map(points, clusters.assign(found.scores[0][chosen]), None)
+
+
+def few_classes(found: Features) -> bool:
+    """Whether each class can have a colour of its own."""
+    return found.labels is not None and found.labels.max() < 20
 
 
 def tsne(x: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from swav_jax.evaluate.extraction import Features
 from swav_jax.terminal import printable
 
 THUMBNAIL = 64  # pixels
+MAPPED = 1000  # images in a map: about 5 seconds of a CPU core
 
 
 def prototypes(found: Features, source: Source, *, most: int, images: int) -> list[dict[str, Any]]:
@@ -98,6 +99,13 @@ def crops(source: Source, config: ConfigDict, *, images: int) -> list[list[np.nd
         for row, crop in enumerate(levels):  # crop-major: the images take turns
             seen[row % count].append(crop)
     return seen
+
+
+def spread(found: Features, count: int = MAPPED) -> np.ndarray:
+    """The numbers of at most `count` readable images, evenly spread."""
+    usable = np.flatnonzero(found.readable)
+    count = min(count, len(usable))
+    return usable[np.arange(count) * len(usable) // max(count, 1)]
 
 
 def used(found: Features) -> int:

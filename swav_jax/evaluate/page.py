@@ -1,0 +1,197 @@
+"""What the page of a report shows: collected here, laid out by report.html."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+import swav_jax
+from swav_jax.data.images import Source
+from swav_jax.evaluate import figures, gallery, online
+from swav_jax.evaluate.extraction import Features
+from swav_jax.terminal import printable
+
+CURVES = {  # by the names in metrics.jsonl
+    'loss': 'Loss',
+    'lr': 'Learning rate',
+    'code_entropy': 'Entropy of the codes',
+    'active_prototypes': 'Prototypes in use, in a batch',
+    'largest_prototype_share': 'Share of the largest prototype',
+    'embedding_std': 'Spread of the embeddings',
+    'grad_norm': 'Norm of the gradient',
+    'update_norm': 'Norm of the update',
+    'images_per_second': 'Images a second',
+    'data_wait': 'Seconds a step waits for data',
+}
+
+Picture = dict[str, Any]  # its `src` and what else report.html wants of it
+
+
+def render(**content: Any) -> str:
+    """The page, in which all of `content` is text and none of it markup."""
+    return _environment.get_template('report.html').render(content, version=swav_jax.__version__)
+
+
+def _shown(value: Any) -> Any:
+    return value if hasattr(value, '__html__') else printable(value)  # what a macro made is markup
+
+
+_environment = Environment(
+    loader=PackageLoader('swav_jax.evaluate', '.'),
+    autoescape=True,
+    undefined=StrictUndefined,
+    finalize=_shown,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def about_run(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json, if there is one, says of the run, and where its curves would like to be."""
+    if not config:
+        return {}
+    trunk, data, head = config['model']['trunk'], config['data'], config['model']['head']
+    is_resnet = trunk['name'] == 'resnet'
+    crops = zip(data['num_crops'], data['size_crops'], strict=True)
+    return {
+        'run': [
+            f'{trunk["name"]}, depth {trunk["depth"]}' if is_resnet else str(trunk['name']),
+            f'trained on {data["source"]}',
+            'crops ' + ' + '.join(f'{n}×{size}' for n, size in crops),
+        ],
+        'active_prototypes': (float(head['num_clusters'][0]), 'all'),
+        'embedding_std': (1 / math.sqrt(head['dims'][-1]), 'in all directions'),
+    }
+
+
+def subtitle(about: Mapping[str, Any], summary: Mapping[str, float], found: Features) -> str:
+    """The run in a sentence."""
+    parts = list(about.get('run', ()))
+    if summary.get('epochs'):
+        parts.append(f'{summary["epochs"]:g} epochs')
+    seen = np.count_nonzero(found.readable)
+    bad = len(found) - seen
+    unread = f', {bad:,} more cannot be read' if bad else ''
+    return '; '.join([*parts, f'shown with {seen:,} images{unread}']) + '.'
+
+
+def measured(events: figures.Rows) -> dict[str, online.Metric]:
+    """What online evaluations have measured, as events.jsonl names it, or would measure now."""
+    names = {name.removesuffix('_untrained') for row in events for name in row}
+    others = sorted(names - online.METRICS.keys() - {'step', 'epoch'})
+    return online.METRICS | {name: online.Metric(name, name) for name in others}
+
+
+def tiles(
+    summary: Mapping[str, float], metrics: Mapping[str, online.Metric]
+) -> Iterable[tuple[str, str]]:
+    """Values of the summary, and what they are."""
+    for name, metric in metrics.items():
+        if name in summary:
+            before = summary.get(f'{name}_untrained')
+            note = '' if before is None else f', {metric.form.format(before)} untrained'
+            yield metric.form.format(summary[name]), f'{metric.tile}{note}'
+    if 'loss_last' in summary:
+        share = summary.get('loss_last_over_ln_k')
+        note = '' if share is None else f', {share:.0%} of ln K'
+        yield f'{summary["loss_last"]:.2f}', f'loss{note}'
+    if summary.get('images_per_second'):
+        yield f'{summary["images_per_second"]:,.0f}', 'images a second'
+    if 'data_wait_share' in summary:
+        yield f'{summary["data_wait_share"]:.0%}', 'of the time waiting for data'
+    if 'steps' in summary:
+        yield f'{summary["steps"]:,.0f}', 'steps'
+
+
+def curves(
+    rows: figures.Rows,
+    events: figures.Rows,
+    metrics: Mapping[str, online.Metric],
+    about: Mapping[str, Any],
+) -> list[Picture]:
+    """All that was measured, over the epochs; empty without a loss."""
+    rows = [row for row in rows if 'loss' in row]
+    if not rows:
+        return []
+    references = dict.fromkeys(('loss', 'code_entropy'), (figures.ln_k(rows), 'ln K')) | about
+    learned = [
+        {name.removesuffix('_untrained'): value for name, value in row.items()} for row in events
+    ]
+    drawn = [
+        (metric.title, figures.metric(learned, name, metric.title))
+        for name, metric in metrics.items()
+    ]
+    for name, title in CURVES.items():
+        # The first row's speed is that of the compilation.
+        shown = rows[1:] if name in ('images_per_second', 'data_wait') else rows
+        drawn.append((title, figures.metric(shown, name, title, *references.get(name, (None, '')))))
+    return [{'src': svg(figure), 'alt': title} for title, figure in drawn if figure]
+
+
+def prototypes(found: Features, source: Source) -> dict[str, Any]:
+    """The largest prototypes, each with its nearest images; empty without any."""
+    if not found.scores or not found.readable.any():
+        return {}
+    largest = [
+        item | {'images': [_thumb(source, i) for i in item['nearest']]}
+        for item in gallery.prototypes(found, source, most=30, images=8)
+    ]
+    return {'used': gallery.used(found), 'of': found.scores[0].shape[1], 'largest': largest}
+
+
+def embeddings(scatter: Figure | None, found: Features) -> dict[str, Any]:
+    """Their map; empty without one."""
+    if scatter is None:
+        return {}
+    colour = 'class' if figures.few_classes(found) else 'prototype'
+    return {'src': svg(scatter), 'images': len(gallery.spread(found)), 'colour': colour}
+
+
+def neighbors(found: Features, source: Source) -> list[list[Picture]]:
+    """Images and, after each, those with the most similar trunk features."""
+    lines = []
+    for query, nearest in gallery.neighbors(found, queries=10, images=8):
+        line = [_thumb(source, query, 'query')]
+        for index in nearest:
+            labels = [] if found.labels is None else found.labels[[query, index]]
+            other = len(set(labels)) == 2 and min(labels) >= 0
+            line.append(_thumb(source, index, 'thumb other' if other else 'thumb'))
+        lines.append(line)
+    return lines
+
+
+def crops(images: Sequence[Sequence[np.ndarray]]) -> list[list[Picture]]:
+    """The crops of each image, enlarged where they are small."""
+
+    def side(size: int) -> int:
+        return max(28, min(160, 2 * size if size < 64 else size))
+
+    return [
+        [{'src': gallery.data_uri(crop), 'side': side(len(crop))} for crop in image]
+        for image in images
+    ]
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """All settings by their full names, as JSON; empty without any."""
+    flat = flatten_dict({'config': config}, sep='.')
+    return {name: json.dumps(value) for name, value in flat.items()}
+
+
+def svg(figure: Figure) -> str:
+    """A figure as a part of a page."""
+    file = io.BytesIO()
+    figures.write(figure, file, format='svg', metadata={'Date': None})
+    return f'data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}'
+
+
+def _thumb(source: Source, index: int, kind: str = 'thumb') -> Picture:
+    uri = gallery.data_uri(gallery.thumbnail(source, int(index)))
+    return {'src': uri, 'alt': source.name(int(index)), 'kind': kind}
