@@ -1,10 +1,11 @@
 """What a checkpoint says of its run, and what must stay the same when the run goes on."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 import swav_jax
@@ -165,8 +166,8 @@ def _changes(
     now: Mapping[str, Any], saved: Mapping[str, Any], among: tuple[str, ...]
 ) -> list[tuple[str, Any, Any]]:
     """Name, old and new value of each setting that both know and that differs."""
-    new = dict(_flat(now['config'] | {'global_batch': now['global_batch']}))
-    old = dict(_flat(saved['config'] | {'global_batch': saved['global_batch']}))
+    new = flatten_dict(now['config'] | {'global_batch': now['global_batch']}, sep='.')
+    old = flatten_dict(saved['config'] | {'global_batch': saved['global_batch']}, sep='.')
     return [
         (name, old[name], new[name])
         for name in new
@@ -176,11 +177,3 @@ def _changes(
 
 def _is(name: str, of: tuple[str, ...]) -> bool:
     return any(name == path or name.startswith(f'{path}.') for path in of)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f'{prefix}{key}.')
-        else:
-            yield f'{prefix}{key}', value

@@ -6,12 +6,12 @@ and plain data are unpickled.
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from swav_jax import atomic
 from swav_jax.errors import UserError
@@ -289,10 +289,10 @@ def _read_file(path: Path, torch: Any) -> dict[str, np.ndarray]:
         if is_safetensors or path.suffix == '.safetensors':
             from safetensors.torch import load_file
 
-            return dict(_walk(load_file(path), torch))
+            return _tensors(load_file(path), torch)
         with torch.serialization.safe_globals([(_Skipped, name) for name in _NUMPY]):
             content = torch.load(path, map_location='cpu', weights_only=True)
-        return dict(_walk(content, torch))
+        return _tensors(content, torch)
     except Exception as error:  # a damaged file fails in as many ways as it has bytes
         if 'unsupported global' in str(error).lower():
             raise UserError(
@@ -306,13 +306,15 @@ def _read_file(path: Path, torch: Any) -> dict[str, np.ndarray]:
         ) from error
 
 
-def _walk(content: Any, torch: Any, prefix: str = '') -> Iterator[tuple[str, np.ndarray]]:
-    if isinstance(content, torch.Tensor):
-        half = content.dtype in (torch.bfloat16, torch.float16)
-        yield prefix.removesuffix('.'), (content.float() if half else content).detach().numpy()
-    elif isinstance(content, Mapping):
-        for name, value in content.items():
-            yield from _walk(value, torch, f'{prefix}{name}.')
+def _tensors(content: Any, torch: Any) -> dict[str, np.ndarray]:
+    """All tensors in nested dicts, by the keys that lead to each."""
+    found = {}
+    for path, value in flatten_dict({'': content}).items():
+        if isinstance(value, torch.Tensor):
+            half = value.dtype in (torch.bfloat16, torch.float16)
+            name = '.'.join(map(str, path[1:]))
+            found[name] = (value.float() if half else value).detach().numpy()
+    return found
 
 
 def _nested(tensors: dict[str, Any]) -> dict[str, Any]:
