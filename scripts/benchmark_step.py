@@ -222,10 +222,10 @@ def our_run(config: ConfigDict, kind: str) -> Run:
         """Forward and backward pass, and nothing that makes use of them."""
 
         def objective(params):
-            (embeddings, scores), new = step.forward(
+            (embeddings, scores), batch_stats = step.forward(
                 plain, config, params, state.batch_stats, crops
             )
-            return sum(s.mean() for s in scores) + embeddings.mean(), new['batch_stats']
+            return sum(s.mean() for s in scores) + embeddings.mean(), batch_stats
 
         grads, batch_stats = jax.grad(objective, has_aux=True)(state.params)
         return state.replace(batch_stats=batch_stats), optax.tree.norm(grads)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch_twin import Twin, twin_loss, twin_update
 
-from swav_jax import cli, models, optim, step, torch_weights
+from swav_jax import cli, methods, models, optim, step, torch_weights
 from swav_jax import config as settings
 from swav_jax.methods import swav
 from swav_jax.parallel.mesh import AXES, make_mesh, put
@@ -101,10 +101,11 @@ def main(argv: Sequence[str]) -> None:
     )
     state = step.TrainState(
         step=jnp.int32(0),
+        failed=jnp.array(False),
         params=params,
         batch_stats=variables['batch_stats'],
         opt_state=tx.init(params),
-        queue=None,
+        method=swav.State(queue=None),
         loss_scale=None,
     )
     state = put(mesh, jax.device_get(state))
@@ -116,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
     buffers = {}
 
     net = models.build(config.model, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
-    layout = Layout(mesh, state, 'replicated')
+    layout = Layout(mesh, state, 'replicated', methods.make(config).specs(state.method))
     update = jax.jit(
         lambda state, crops, weights: step.update(net, tx, config, layout, state, crops, weights)
     )

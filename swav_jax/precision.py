@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from swav_jax.errors import UserError
 
@@ -55,18 +54,14 @@ def all_finite(tree) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
-def check_float64(config: ConfigDict) -> None:
-    """Refuse settings that ask for float64 where JAX would quietly compute in float32.
+def need_float64(setting: str) -> None:
+    """Refuse a setting that asks for float64 where JAX would quietly compute in float32.
 
     Raises:
       UserError: float64 is not enabled.
     """
-    for name, wanted in (
-        ('precision', config.precision == 'float64'),
-        ('loss.use_double_precision', config.loss.use_double_precision),
-    ):
-        if wanted and not jax.config.jax_enable_x64:
-            raise UserError(
-                f'config.{name} asks for float64, which JAX leaves off: set JAX_ENABLE_X64=True in '
-                'the environment'
-            )
+    if not jax.config.jax_enable_x64:
+        raise UserError(
+            f'config.{setting} asks for float64, which JAX leaves off: set JAX_ENABLE_X64=True in '
+            'the environment'
+        )

@@ -1,9 +1,10 @@
 """The state of a run, and how it lies on the mesh.
 
-With `config.sharding='replicated'` every device holds all of it but the queue. With `'zero'` each
-holds a slice of every parameter and of what the optimizer keeps for it (ZeRO, Rajbhandari et al.
-2020, 1910.02054): a step gathers the parameters, and hands each device its slice of the averaged
-gradient. Everything outside of the step, checkpoints included, knows whole arrays only.
+With `config.sharding='replicated'` every device holds all of it but what the method spreads (a
+queue). With `'zero'` each holds a slice of every parameter and of what the optimizer keeps for it
+(ZeRO, Rajbhandari et al. 2020, 1910.02054): a step gathers the parameters, and hands each device
+its slice of the averaged gradient. Everything outside of the step, checkpoints included, knows
+whole arrays only.
 """
 
 import math
@@ -16,7 +17,6 @@ from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from swav_jax.methods import swav
 from swav_jax.parallel.mesh import AXES, REPLICATED
 from swav_jax.precision import LossScale
 
@@ -27,11 +27,12 @@ SHARDINGS = ('replicated', 'zero')
 class TrainState:
     """All that a step reads and writes; float32 whatever the compute dtype."""
 
-    step: jax.Array  # () int32, steps done; its complement, below 0, once one was not finite
+    step: jax.Array  # () int32, steps done
+    failed: jax.Array  # () bool, whether the next one was not finite; nothing changes from then on
     params: Any
     batch_stats: Any
     opt_state: Any
-    queue: swav.Queue | None
+    method: Any  # what the method keeps, see `methods.method.Method`
     loss_scale: LossScale | None
 
 
@@ -42,6 +43,7 @@ class Layout:
       mesh: with the axes ('group', 'member'); an abstract one will do for tracing.
       shapes: the whole state, or its shapes.
       sharding: one of `SHARDINGS`.
+      method: how the method's state is split, see `Method.specs`.
 
     Attributes:
       mesh: the mesh.
@@ -49,14 +51,11 @@ class Layout:
       shardings: the same as shardings on the mesh.
     """
 
-    def __init__(self, mesh: Mesh | AbstractMesh, shapes: TrainState, sharding: str):
+    def __init__(self, mesh: Mesh | AbstractMesh, shapes: TrainState, sharding: str, method: Any):
         self.mesh = mesh
         self._zero = sharding == 'zero'
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
-        self.specs = jax.tree.map(lambda _: REPLICATED, shapes)
-        if shapes.queue is not None:  # it is spread like the batch
-            queue = swav.Queue(P(None, None, AXES), P(None, AXES), REPLICATED)
-            self.specs = self.specs.replace(queue=queue)
+        self.specs = jax.tree.map(lambda _: REPLICATED, shapes).replace(method=method)
         if self._zero:
             split = jax.tree.map(_spec, (shapes.params, shapes.opt_state))
             self.specs = self.specs.replace(params=split[0], opt_state=split[1])

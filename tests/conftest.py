@@ -15,7 +15,13 @@ import torchvision  # noqa: F401 (first: it crashes the process when TensorFlow 
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ['swav_jax.methods.swav', 'swav_jax.optim', 'swav_jax.augment'], 'beartype.beartype'
+    [
+        'swav_jax.methods.sinkhorn',
+        'swav_jax.methods.swav',
+        'swav_jax.optim',
+        'swav_jax.augment',
+    ],
+    'beartype.beartype',
 )
 
 

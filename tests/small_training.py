@@ -1,6 +1,7 @@
 """Training of small networks from given crops, without any data, for the tests of the step."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import flax.linen as nn
@@ -8,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from swav_jax import config, models, optim, step
-from swav_jax.methods import swav
+from swav_jax import config, methods, models, optim, step
 from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.precision import LossScale
 from swav_jax.state import Layout
@@ -55,22 +55,21 @@ def start(c, devices, *, rate=0.1, dtype=jnp.float32, queue_batches=0, batch=16)
     plain = build(c, dtype=dtype)
     crops = [jnp.zeros((2, s, s, 3), dtype) for s in c.data.size_crops]
     variables = jax.jit(lambda: plain.init(jax.random.key(0), crops, train=True))()
-    params = swav.normalize_prototypes(variables['params'])
+    sizes = SimpleNamespace(queue_batches=queue_batches, batch_size=batch)
+    method = methods.make(c)
+    params, own = method.init(variables['params'], variables['batch_stats'], sizes)
     tx = optim.make_optimizer(c.optimizer, rate, dict(c.model.temp_frozen_params_iter_map), params)
-    queue = None
-    if queue_batches:
-        num_assign = len(c.loss.crops_for_assign)
-        queue = swav.Queue.empty(num_assign, queue_batches, batch, c.model.head.dims[-1], dtype)
     state = step.TrainState(
         step=jnp.int32(0),
+        failed=jnp.array(False),
         params=params,
         batch_stats=variables['batch_stats'],
         opt_state=tx.init(params),
-        queue=queue,
+        method=own,
         loss_scale=LossScale.initial(c.precision),
     )
     net = build(c, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
-    layout = Layout(mesh, state, c.sharding)
+    layout = Layout(mesh, state, c.sharding, method.specs(own))
     return layout, net, tx, layout.spread(put(mesh, jax.device_get(state)))
 
 

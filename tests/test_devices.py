@@ -50,7 +50,7 @@ def train(devices, precision):
             crops = jax.device_get(jax.jit(lambda b: multi_crop(c, mesh, b))(placed))
         state, metrics, _ = step(state, placed)
         losses.append(float(metrics['loss']))
-    assert int(state.queue.filled) == 2
+    assert int(state.method.queue.filled) == 2
     return np.array(seen), crops, losses
 
 

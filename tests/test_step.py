@@ -14,8 +14,9 @@ from golden_weights import state_dict
 from jax.sharding import PartitionSpec as P
 from small_training import make_update, random_crops, small_config, start
 
-from swav_jax import step, torch_weights
+from swav_jax import torch_weights
 from swav_jax.methods import swav
+from swav_jax.methods.health import health
 from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.precision import LossScale
 
@@ -146,9 +147,9 @@ def test_queue_fills_from_start_iter_and_keeps_embeddings():
     filled = []
     for t in range(4):
         state, _ = update(state, random_crops(c, t), np.ones(16, np.float32))
-        filled.append(int(state.queue.filled))
+        filled.append(int(state.method.queue.filled))
     assert filled == [0, 1, 2, 2]
-    np.testing.assert_allclose(np.linalg.norm(state.queue.embeddings, axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(state.method.queue.embeddings, axis=-1), 1, rtol=1e-5)
 
 
 def test_neighbouring_groups_of_equal_size_are_one_trunk_pass():
@@ -174,7 +175,7 @@ def test_an_overflow_skips_the_update_on_all_devices():
     assert int(metrics['overflows']) == 1
     assert float(after.loss_scale.scale) == 2.0**15
     assert int(after.step) == 1
-    for part in ('params', 'batch_stats', 'opt_state', 'queue'):
+    for part in ('params', 'batch_stats', 'opt_state', 'method'):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, part), getattr(state, part))
 
 
@@ -191,17 +192,15 @@ def test_metrics_of_a_collapse():
     """Equal embeddings, all nearest to one prototype: what the health metrics are there to show."""
     mesh = make_mesh({'enabled': True, 'group_size': 0}, jax.devices()[:2])
     embeddings = jnp.ones((2, 8, 4)) / 2
-    scores = jnp.tile(jnp.array([0.1, 0.9, 0.2]), (3 * 8, 1))
+    scores = jnp.tile(jnp.array([0.1, 0.9, 0.2]), (2, 8, 1))
     codes = jnp.full((2, 8, 3), 1 / 3)
 
-    def health(embeddings, scores, codes):
-        settings = {'num_crops': 3, 'crops_for_assign': (0, 1)}
+    def replica(embeddings, scores, codes):
         loss = jax.lax.pcast(jnp.float32(2.0), AXES, to='varying')
         weights = jax.lax.pcast(jnp.ones(4), AXES, to='varying')
-        return step.health(loss, embeddings, scores, codes, weights, settings)
+        return health(loss, embeddings, scores, codes, weights)
 
-    specs = (P(None, AXES), P(AXES), P(None, AXES))
-    found = jax.shard_map(health, mesh=mesh, in_specs=specs, out_specs=P())(
+    found = jax.shard_map(replica, mesh=mesh, in_specs=P(None, AXES), out_specs=P())(
         embeddings, scores, codes
     )
     expected = dict(
@@ -227,9 +226,9 @@ def test_a_step_that_is_not_finite_changes_nothing_from_then_on(precision):
     crops = random_crops(c, 1)
     crops[0][0, 3] = np.nan
     state, metrics = update(state, crops, ones)
-    assert not metrics['finite'] and int(state.step) == ~1
+    assert not metrics['finite'] and state.failed
     state, metrics = update(state, random_crops(c, 2), ones)
     assert not metrics['finite'], 'also where the next one would be sound'
-    expected, found = before.replace(step=~1), jax.device_get(state)
+    expected, found = before.replace(failed=np.array(True)), jax.device_get(state)
     for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -34,18 +34,19 @@ def replica_loss(meta, embeddings, prototypes, queue):
     def loss_of(embeddings, prototypes):
         old_scores = queue and [queue.embeddings @ lax.stop_gradient(p) for p in prototypes]
         return swav.swav_loss(
-            [embeddings @ p for p in prototypes],
+            [(embeddings @ p).reshape(num_crops, -1, p.shape[1]) for p in prototypes],
             old_scores,
             queue,
             weights,
-            num_crops=num_crops,
-            crops_for_assign=assign,
-            temperature=meta['temperature'],
-            epsilon=meta['epsilon'],
-            num_iters=meta['num_iters'],
+            swav.SwAVSettings(
+                crops_for_assign=assign,
+                temperature=meta['temperature'],
+                epsilon=meta['epsilon'],
+                num_iters=meta['num_iters'],
+                shk_powerlaw=meta['shk_powerlaw'],
+                use_double_precision=meta['use_double_precision'],
+            ),
             hard_assignment=meta['hard_assignment'],
-            powerlaw=meta['shk_powerlaw'],
-            use_double_precision=meta['use_double_precision'],
             axis_names=AXES,
         )
 
@@ -208,17 +209,10 @@ def test_queue_is_used_once_full_and_drops_the_oldest_batch():
 
 def test_a_queue_that_is_not_full_changes_nothing():
     rng = np.random.default_rng(0)
-    scores = [jnp.asarray(rng.uniform(-1, 1, (12, 7)), jnp.float32)]
+    scores = [jnp.asarray(rng.uniform(-1, 1, (3, 4, 7)), jnp.float32)]
     half = swav.Queue.empty(2, 2, 4, 1).push(jnp.ones((2, 4, 1)), jnp.ones(4))
     old = [jnp.asarray(rng.uniform(-1, 1, (2, 2, 4, 7)), jnp.float32)]
-    loss = partial(
-        swav.swav_loss,
-        num_crops=3,
-        crops_for_assign=(0, 1),
-        temperature=0.1,
-        epsilon=0.05,
-        num_iters=3,
-    )
+    loss = partial(swav.swav_loss, settings=swav.SwAVSettings())
     with_queue, _ = loss(scores, old, half, jnp.ones(4))
     without, _ = loss(scores, None, None, jnp.ones(4))
     np.testing.assert_allclose(with_queue, without, rtol=1e-6)

@@ -10,15 +10,15 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import optim
+from swav_jax import methods, optim
 from swav_jax.commands import traced
 from swav_jax.data import sources
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
-from swav_jax.precision import check_float64
 from swav_jax.runs.initial_state import make_schedule, make_state
 from swav_jax.state import TrainState
 from swav_jax.step import make_train_step
+from swav_jax.training.setup import check_float64
 
 IMAGENET = 1_281_167  # images of the training set
 # JPEGs of 500×375 that one core decodes onto a canvas of 512² in a second, with the boxes.
@@ -39,7 +39,7 @@ class Cost:
     gathered: int  # the whole parameters, where each device keeps only a slice
     kept: int  # of the forward pass, for the backward pass
     batch: int  # canvases and crops
-    queue: int
+    method: dict[str, int]  # its state, by part
     sent: int  # all-reduced, gathered or scattered
     flops: int
 
@@ -47,7 +47,7 @@ class Cost:
     def memory(self) -> int:
         """All of it, without what kernels need for a moment."""
         parts = (self.params, self.opt_state, self.gradients, self.gathered, self.kept)
-        return sum(parts) + self.batch + self.queue
+        return sum(parts) + self.batch + sum(self.method.values())
 
 
 def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
@@ -112,21 +112,23 @@ def cost(
     batch = traced.batch_shapes(config, sizes.batch_size)
     counted = traced.cost(step, state, batch)
     whole = layout.whole()
-    slices = mesh.size if config.sharding == 'zero' else 1
-    params = traced.tree_bytes(state.params) // slices
+    shardings, sliced = layout.shardings, config.sharding == 'zero' and mesh.size > 1
     pixels = sum(
         n * size**2 for n, size in zip(config.data.num_crops, config.data.size_crops, strict=True)
     )
     crops = 4 * config.data.batchsize_per_replica * config.data.channels * pixels
     return Cost(
-        params=params,
+        params=traced.share_bytes(state.params, shardings.params),
         num_params=sum(x.size for x in jax.tree.leaves(whole.params)),
-        opt_state=traced.tree_bytes(state.opt_state) // slices,
+        opt_state=traced.share_bytes(state.opt_state, shardings.opt_state),
         gradients=traced.tree_bytes(whole.params),
-        gathered=traced.tree_bytes(whole.params) if slices > 1 else 0,
+        gathered=traced.tree_bytes(whole.params) if sliced else 0,
         kept=traced.kept_bytes(config),
         batch=traced.tree_bytes(batch) // mesh.size + crops,
-        queue=traced.tree_bytes(state.queue) // mesh.size,
+        method={
+            name: traced.share_bytes(part, getattr(shardings.method, name))
+            for name, part in state.method._asdict().items()
+        },
         sent=counted['bytes_sent'],
         flops=counted['flops'],
     )
@@ -149,8 +151,7 @@ def describe(
         f'{sizes.steps_per_epoch:,} an epoch ({sizes.num_images:,} images), '
         f'{sizes.last_step:,} in all',
     )
-    if sizes.queue_batches:
-        yield 'queue', f'{sizes.queue_length:,} images, {sizes.queue_batches} batches'
+    yield from methods.make(config).plan(sizes)
     yield 'parameters', f'{found.num_params:,}'
     yield (
         'FLOPs',
@@ -166,7 +167,7 @@ def describe(
         ('gradients', found.gradients),
         ('kept for backward', found.kept),
         ('batch and crops', found.batch),
-        ('queue', found.queue),
+        *found.method.items(),
     ):
         if value:
             yield f'  {label}', _size(value)
@@ -180,15 +181,8 @@ def describe(
 
 def warn(config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule) -> Iterator[str]:
     """What will probably go wrong, and what helps."""
-    prototypes, batch = max(config.model.head.num_clusters), sizes.batch_size
-    samples = batch + sizes.queue_length
-    if samples < prototypes:
-        queue = math.ceil((prototypes - batch) / batch) * batch
-        yield (
-            f'{samples:,} images (batch and queue) share {prototypes:,} prototypes, and codes '
-            f'need as many: set config.loss.queue.queue_length={queue} with a late start_iter, '
-            'use more devices or fewer config.model.head.num_clusters'
-        )
+    yield from methods.make(config).warnings(sizes)
+    prototypes = max(config.model.head.num_clusters)
     if sizes.num_images < IMAGES_PER_PROTOTYPE * prototypes:
         yield (
             f'{sizes.num_images:,} images are fewer than {IMAGES_PER_PROTOTYPE} for each of '
@@ -201,12 +195,6 @@ def warn(config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule) ->
             f'config.model.temp_frozen_params_iter_map freezes for {frozen:,} of '
             f'{sizes.last_step:,} steps: {max(sizes.last_step // 100, 1):,} would be a hundredth'
         )
-    full = config.loss.queue.start_iter + sizes.queue_batches
-    if sizes.queue_batches and full >= sizes.last_step:
-        yield (
-            f'the queue is full after step {full:,}, the run ends after {sizes.last_step:,}: lower '
-            'config.loss.queue.start_iter or queue_length'
-        )
     yield from optim.unread(config.optimizer)
     lr = config.optimizer.param_schedulers.lr
     if lr['name'] == 'composite' and lr['schedulers'][0]['name'] == 'linear':
@@ -215,7 +203,7 @@ def warn(config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule) ->
         if start >= peak:
             yield (
                 f'the warm-up does not climb: it begins at {start:.3g}, the peak for '
-                f'{batch:,} images is {peak:.3g}: lower start_value in '
+                f'{sizes.batch_size:,} images is {peak:.3g}: lower start_value in '
                 'config.optimizer.param_schedulers.lr.schedulers'
             )
         if steps < 1:

@@ -120,5 +120,15 @@ def tree_bytes(tree: Any) -> int:
     return sum(map(_bytes, jax.tree.leaves(tree)))
 
 
+def share_bytes(tree: Any, shardings: Any) -> int:
+    """Bytes of one device's share of all arrays of a tree, laid out by a tree of shardings."""
+    shapes = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype),
+        tree,
+        shardings,
+    )
+    return tree_bytes(shapes)
+
+
 def _bytes(x: Any) -> int:
     return math.prod(x.shape) * jnp.dtype(x.dtype).itemsize

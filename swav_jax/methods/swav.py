@@ -1,87 +1,32 @@
-"""SwAV's mathematics: Sinkhorn codes, the swapped prediction loss, the queue, the prototypes.
+"""SwAV: the swapped prediction loss, the queue, the prototypes, and the method made of them.
 
 Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments"
 (arXiv 2006.09882), as VISSL computes it. Letters: V crops of B images, A of them assigned to codes,
-K prototypes, D dimensions, H prototype heads. Crops stand crop-major: all images of crop 0 first.
+K prototypes, D dimensions, H prototype heads.
 
 Every function works on one replica's share of the batch. Where images of other replicas count,
 `axis_names` names the mesh axes to sum over; `()` is a single replica.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-# Stands for log 0: finite, so that a replica without a single valid image computes no NaN.
-LOG_ZERO = -1e30
+from swav_jax.methods.health import health
+from swav_jax.methods.method import Batch, Learned, Method, Network, Outputs
+from swav_jax.methods.sinkhorn import harden, sinkhorn_codes
+from swav_jax.parallel.mesh import AXES, REPLICATED
+from swav_jax.precision import need_float64
 
-
-@jax.named_scope('sinkhorn_codes')
-def sinkhorn_codes(
-    scores: Sequence[Float[Array, 'assign samples _']],
-    *,
-    epsilon: float,
-    num_iters: int,
-    weights: Float[Array, ' samples'] | None = None,
-    powerlaw: float = 0.0,
-    axis_names: Sequence[str] = (),
-) -> list[Float[Array, 'assign samples _']]:
-    """Codes of each sample: the entropic transport plan between samples and prototypes.
-
-    Paper, equations 3 to 5: Q = Diag(u) exp(scores / epsilon) Diag(v), with u and v found by
-    `num_iters` rounds of normalising the prototypes over all samples of the mesh, then each sample.
-    Computed on logarithms: log Q = scores / epsilon + g, less its row's log-sum-exp, so that any
-    epsilon is finite. The samples are normalised last: rows sum to 1.
-
-    All assign crops and heads go through together. A round is one all-reduce of H·A·K sums, and one
-    maximum goes before them all: after a round, column k of Q holds at least its share r_k of a
-    sample, so later sums cannot underflow.
-
-    Args:
-      scores: for each head, (A, N, K_h), in [-1, 1]: this replica's N samples, queue included.
-      epsilon: entropy regularisation, > 0. Smaller is sharper.
-      num_iters: number of rounds, >= 1.
-      weights: (N,) 1, or 0 for a sample that must not count. Its own code is still defined.
-      powerlaw: prototype k's share is proportional to (k + 1)^-powerlaw; 0 is equal shares.
-      axis_names: mesh axes that the samples are spread over.
-
-    Returns:
-      For each head, (A, N, K_h) codes, non-negative rows that sum to 1, without gradient.
-    """
-    logits = lax.stop_gradient(jnp.concatenate(scores, axis=-1)) / epsilon
-    ends = [sum(s.shape[-1] for s in scores[: h + 1]) for h in range(len(scores) - 1)]
-    log_shares = jnp.concatenate([_log_shares(s.shape[-1], powerlaw, logits.dtype) for s in scores])
-    log_weights, tiny = jnp.zeros(logits.shape[1], logits.dtype), jnp.finfo(logits.dtype).tiny
-    if weights is not None:
-        log_weights = jnp.where(weights > 0, log_weights, LOG_ZERO)
-    log_weights = log_weights[:, None]
-
-    def normalise_samples(log_q):
-        return jnp.concatenate([jax.nn.log_softmax(h) for h in jnp.split(log_q, ends, -1)], -1)
-
-    # Any start common to all samples gives the same codes; this one keeps the first sums in range.
-    g = -lax.pmax(jnp.max(logits + log_weights, axis=1, keepdims=True), axis_names)
-    log_q = logits + g
-    for _ in range(num_iters):
-        sums = lax.psum(jnp.sum(jnp.exp(log_q + log_weights), axis=1, keepdims=True), axis_names)
-        sums = jnp.maximum(sums, tiny)  # 0 where no sample of the whole mesh counts
-        g = g + log_shares - jnp.log(sums)
-        log_q = normalise_samples(logits + g)
-    return jnp.split(jnp.exp(log_q), ends, axis=-1)
-
-
-def _log_shares(num_prototypes: int, powerlaw: float, dtype) -> Float[Array, ' prototypes']:
-    """Logarithm of each prototype's share of the samples; the shares sum to 1."""
-    return jax.nn.log_softmax(-powerlaw * jnp.log(jnp.arange(1, num_prototypes + 1, dtype=dtype)))
-
-
-def harden(codes: Float[Array, '*batch prototypes']) -> Float[Array, '*batch prototypes']:
-    """One-hot codes at the largest entry, the first one of equals (VISSL's hard assignment)."""
-    return jax.nn.one_hot(jnp.argmax(codes, -1), codes.shape[-1], dtype=codes.dtype)
+NEAR_LN_K = 0.01  # share of ln K by which the loss of a collapsed run may differ from it
+NEAR_CONSTANT = 0.01  # share of 1/√D, the standard deviation of embeddings that spread
 
 
 def swapped_prediction(
@@ -148,45 +93,45 @@ class Queue(NamedTuple):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class SwAVSettings:
+    """What `swav_loss` depends on beside its arrays; the names are those of `config.loss`."""
+
+    crops_for_assign: tuple[int, ...] = (0, 1)  # the A crops that get codes
+    temperature: float = 0.1  # see `swapped_prediction`
+    epsilon: float = 0.05  # this and the next two: see `sinkhorn_codes`
+    num_iters: int = 3
+    shk_powerlaw: float = 0.0
+    use_double_precision: bool = False  # codes and loss in float64 (needs jax_enable_x64)
+
+
 def swav_loss(
-    scores: Sequence[Float[Array, 'crops_x_images _']],
+    scores: Sequence[Float[Array, 'crops images _']],
     queue_scores: Sequence[Float[Array, 'assign batches images _']] | None,
     queue: Queue | None,
     weights: Float[Array, ' images'],
+    settings: SwAVSettings,
     *,
-    num_crops: int,
-    crops_for_assign: Sequence[int],
-    temperature: float,
-    epsilon: float,
-    num_iters: int,
     hard_assignment: bool | Bool[Array, ''] = False,
-    powerlaw: float = 0.0,
-    use_double_precision: bool = False,
     axis_names: Sequence[str] = (),
 ) -> tuple[Float[Array, ''], list[Float[Array, 'assign images _']]]:
     """This replica's SwAV loss; the mean over replicas is the loss of the global batch.
 
     Args:
-      scores: for each head, (V·B, K_h), crop-major.
+      scores: for each head, (V, B, K_h).
       queue_scores: for each head, (A, S, B, K_h) scores of the queue with the current prototypes.
       queue: the queue itself, for its weights; it counts once it is full.
       weights: (B,) 1, or 0 for an image that must not count.
-      num_crops: V.
-      crops_for_assign: the A crops that get codes.
-      temperature, epsilon, num_iters, powerlaw: see `sinkhorn_codes` and `swapped_prediction`.
+      settings: of the loss.
       hard_assignment: round the codes to one-hot ones.
-      use_double_precision: codes and loss in float64 (needs jax_enable_x64).
       axis_names: mesh axes that the batch is spread over.
 
     Returns:
       The loss, and for each head the (A, B, K_h) codes of this replica's images.
     """
-    if use_double_precision:
+    if settings.use_double_precision:
         scores = [s.astype(jnp.float64) for s in scores]
-    assign = jnp.asarray(crops_for_assign)
-    num_images = weights.shape[0]
-    scores = [s.reshape(num_crops, num_images, s.shape[-1]) for s in scores]
-
+    assign, num_images = jnp.asarray(settings.crops_for_assign), len(weights)
     samples, sample_weights = [s[assign] for s in scores], weights
     if queue is not None:
         old = [
@@ -196,17 +141,22 @@ def swav_loss(
         sample_weights = jnp.append(weights, jnp.where(queue.is_full(), queue.weights, 0.0))
     codes = sinkhorn_codes(
         samples,
-        epsilon=epsilon,
-        num_iters=num_iters,
+        epsilon=settings.epsilon,
+        num_iters=settings.num_iters,
         weights=sample_weights,
-        powerlaw=powerlaw,
+        powerlaw=settings.shk_powerlaw,
         axis_names=axis_names,
     )
     codes = [c[:, :num_images] for c in codes]
     codes = [jnp.where(hard_assignment, harden(c), c) for c in codes]
 
     losses = [
-        swapped_prediction(s, c, crops_for_assign=crops_for_assign, temperature=temperature)
+        swapped_prediction(
+            s,
+            c,
+            crops_for_assign=settings.crops_for_assign,
+            temperature=settings.temperature,
+        )
         for s, c in zip(scores, codes, strict=True)
     ]
     # Images of weight 0 leave the mean over the mesh, whichever replica they fell to.
@@ -228,3 +178,133 @@ def normalize_prototypes(params: dict) -> dict:
             length = jnp.linalg.norm(kernel, axis=0, keepdims=True)
             head[name] = {**head[name], 'kernel': kernel / jnp.maximum(length, 1e-12)}
     return {**params, 'head': head}
+
+
+class State(NamedTuple):
+    """What SwAV keeps from step to step."""
+
+    queue: Queue | None
+
+
+class SwAV(Method):
+    """SwAV as a run's settings describe it; see `Method`."""
+
+    def __init__(self, config: Any):
+        self._config, loss = config, config.loss
+        self._settings = SwAVSettings(
+            crops_for_assign=tuple(loss.crops_for_assign),
+            temperature=loss.temperature,
+            epsilon=loss.epsilon,
+            num_iters=loss.num_iters,
+            shk_powerlaw=loss.shk_powerlaw,
+            use_double_precision=loss.use_double_precision,
+        )
+        self.remedy = (
+            f'Lower config.loss.epsilon={loss.epsilon} (as 0.03), freeze the prototypes for '
+            'longer (config.model.temp_frozen_params_iter_map), lower the learning rate '
+            '(config.optimizer.param_schedulers.lr)'
+        )
+
+    def check(self) -> None:
+        """float64 is asked for only where JAX has it."""
+        if self._settings.use_double_precision:
+            need_float64('loss.use_double_precision')
+
+    def init(self, params: Any, batch_stats: Any, sizes: Any) -> tuple[Any, State]:
+        """Prototypes of length 1, and an empty queue."""
+        queue = None
+        if sizes.queue_batches:
+            kernel = params['head']['prototypes0']['kernel']
+            queue = Queue.empty(
+                len(self._settings.crops_for_assign),
+                sizes.queue_batches,
+                sizes.batch_size,
+                kernel.shape[0],
+                kernel.dtype,
+            )
+        return self.after_update(params, State(queue))
+
+    def specs(self, state: State) -> State:
+        """The queue is spread like the batch."""
+        if state.queue is None:
+            return State(None)
+        return State(Queue(P(None, None, AXES), P(None, AXES), REPLICATED))
+
+    def loss(
+        self, network: Network, params: Any, outputs: Outputs, batch: Batch, state: State
+    ) -> Learned:
+        """`swav_loss` of the outputs; the queue gets the embeddings of the crops with codes."""
+        queue, queue_scores = state.queue, None
+        if queue is not None:
+            queue_scores = network.score(lax.stop_gradient(params), queue.embeddings)
+        loss, codes = swav_loss(
+            outputs.scores,
+            queue_scores,
+            queue,
+            batch.weights,
+            self._settings,
+            hard_assignment=batch.step < self._config.loss.temp_hard_assignment_iters,
+            axis_names=AXES,
+        )
+        if queue is not None:
+            embeddings = lax.stop_gradient(self._assigned(outputs.embeddings))
+            pushed = queue.push(embeddings.astype(queue.embeddings.dtype), batch.weights)
+            fills = batch.step >= self._config.loss.queue.start_iter
+            queue = jax.tree.map(lambda new, old: jnp.where(fills, new, old), pushed, queue)
+        return Learned(loss, codes, State(queue))
+
+    def health(
+        self, outputs: Outputs, learned: Learned, weights: jax.Array
+    ) -> dict[str, jax.Array]:
+        """See `health.health`, of the crops that get codes and the first prototype head."""
+        embeddings, scores = self._assigned(outputs.embeddings), self._assigned(outputs.scores[0])
+        return health(learned.loss, embeddings, scores, learned.codes[0], weights)
+
+    def _assigned(self, x: jax.Array) -> jax.Array:
+        return x[jnp.asarray(self._settings.crops_for_assign)]
+
+    def after_update(self, params: Any, state: State) -> tuple[Any, State]:
+        """Prototypes of length 1 again (`config.loss.normalize_last_layer`)."""
+        if self._config.loss.normalize_last_layer:
+            params = normalize_prototypes(params)
+        return params, state
+
+    def sign_of_collapse(self, row: Mapping[str, Any]) -> str | None:
+        """A loss of ln K: all images look alike to the prototypes; or all embeddings are equal."""
+        if abs(row['loss_over_ln_k'] - 1) < NEAR_LN_K:
+            return 'the loss stayed within 1% of ln K'
+        if row['embedding_std'] < NEAR_CONSTANT / math.sqrt(self._config.model.head.dims[-1]):
+            return 'all embeddings stayed the same'
+        return None
+
+    def plan(self, sizes: Any) -> Iterator[tuple[str, str]]:
+        """The queue."""
+        if sizes.queue_batches:
+            yield 'queue', f'{sizes.queue_length:,} images, {sizes.queue_batches} batches'
+
+    def warnings(self, sizes: Any) -> Iterator[str]:
+        """Too few samples for the prototypes, or a queue that the run ends before."""
+        prototypes, batch = max(self._config.model.head.num_clusters), sizes.batch_size
+        samples = batch + sizes.queue_length
+        if samples < prototypes:
+            queue = math.ceil((prototypes - batch) / batch) * batch
+            yield (
+                f'{samples:,} images (batch and queue) share {prototypes:,} prototypes, and codes '
+                f'need as many: set config.loss.queue.queue_length={queue} with a late start_iter, '
+                'use more devices or fewer config.model.head.num_clusters'
+            )
+        full = self._config.loss.queue.start_iter + sizes.queue_batches
+        if sizes.queue_batches and full >= sizes.last_step:
+            yield (
+                f'the queue is full after step {full:,}, the run ends after {sizes.last_step:,}: '
+                'lower config.loss.queue.start_iter or queue_length'
+            )
+
+    def notes(self, sizes: Any) -> Iterator[str]:
+        """A queue that is shorter than asked for."""
+        asked = self._config.loss.queue.queue_length
+        if asked != sizes.queue_length:
+            yield (
+                f'config.loss.queue.queue_length={asked} is lowered to {sizes.queue_length}, '
+                'a multiple of the batch'
+            )

@@ -14,13 +14,12 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
-from swav_jax.methods import swav
-from swav_jax.models import SwAVNet, head
+from swav_jax.models import SwAVNet
 from swav_jax.parallel import distributed
 from swav_jax.parallel.mesh import AXES, BATCH, CROPS
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.state import Layout, TrainState
-from swav_jax.step import forward, loss_settings, multi_crop
+from swav_jax.step import multi_crop, objective
 
 MOST_CROPPED = 64  # images whose crops are written: the others' come from the images again
 
@@ -37,14 +36,13 @@ def write(
     """Write `nan_dump/` into the folder of the run; returns its path. All processes call it.
 
     It holds about.json, which the checkpoint repeats; arrays.npz with `index` (B,), `weight` (B,),
-    `embeddings` (V, B, D), of
-    each head `scores0` (V, B, K) and `codes0` (A, B, K), and of each group `crops0` (n, 64, S, S,
-    channels); and state/, a checkpoint of the state before the step.
+    `embeddings` (V, B, D), of each head `scores0` (V, B, K) and `codes0` (A, B, K), and of each
+    group `crops0` (n, 64, S, S, channels); and state/, a checkpoint of the state before the step.
 
     Args:
       workdir: the run's folder.
       net, config, layout: as in `step.make_train_step`.
-      state: as the step left it, `step` below 0.
+      state: as the step left it, `failed`.
       batch: the step's batch, on the mesh.
       about: what replaying needs to know.
 
@@ -53,7 +51,7 @@ def write(
     """
     folder = workdir / 'nan_dump'
     whole = layout.gather(state)
-    whole = whole.replace(step=jax.jit(lambda step: ~step)(whole.step))
+    whole = whole.replace(failed=jax.jit(jnp.logical_not)(whole.failed))  # as it was before
     arrays = {'index': batch['index'], 'weight': batch['weight']}
     arrays |= jax.jit(functools.partial(_look, net, config, layout))(state, batch)
     arrays = {name: _plain(_everywhere(x)) for name, x in arrays.items()}
@@ -94,23 +92,12 @@ def _look(
     crops = multi_crop(config, layout.mesh, batch)
 
     def look(state, crops, weights):
-        params, queue = layout.own(state.params), state.queue
-        (embeddings, scores), _ = forward(net, config, params, state.batch_stats, crops)
-        old_scores = queue and head.prototype_scores(params['head'], queue.embeddings)
-        hard = ~state.step < config.loss.temp_hard_assignment_iters
-        _, codes = swav.swav_loss(
-            scores,
-            old_scores,
-            queue,
-            weights,
-            hard_assignment=hard,
-            axis_names=AXES,
-            **loss_settings(config),
+        found = objective(net, config, layout.own(state.params), state, crops, weights)
+        return (
+            {'embeddings': found.outputs.embeddings}
+            | {f'scores{i}': x for i, x in enumerate(found.outputs.scores)}
+            | {f'codes{i}': x for i, x in enumerate(found.learned.codes)}
         )
-        found = {'embeddings': embeddings}
-        found |= {f'scores{i}': x for i, x in enumerate(scores)}
-        found = {name: x.reshape(-1, len(weights), x.shape[-1]) for name, x in found.items()}
-        return found | {f'codes{i}': x for i, x in enumerate(codes)}
 
     found = jax.shard_map(
         look,

@@ -6,14 +6,13 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import precision
 from swav_jax.evaluate.online import Results
 from swav_jax.parallel import distributed
 from swav_jax.runs.nan_skip import SkipBatches
 from swav_jax.runs.signals import Signals
 from swav_jax.runs.workdir import explained, locked, open_workdir
 from swav_jax.training.loop import train
-from swav_jax.training.setup import set_up
+from swav_jax.training.setup import check_float64, set_up
 
 
 def run(
@@ -50,7 +49,7 @@ def run(
     distributed.check_same_settings(config)
     with contextlib.ExitStack() as stack:
         with distributed.failing_together():
-            precision.check_float64(config)
+            check_float64(config)
             workdir = open_workdir(workdir)
             stack.enter_context(explained(workdir))
             stack.enter_context(locked(workdir))

@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import models, optim
+from swav_jax import methods, models, optim
 from swav_jax.data import pipeline, sources
 from swav_jax.evaluate.online import OnlineEvaluation
 from swav_jax.parallel import distributed
 from swav_jax.parallel import mesh as meshes
+from swav_jax.precision import need_float64
 from swav_jax.runs import resume
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.runs.initial_state import make_schedule, make_state, start_from
@@ -123,7 +124,7 @@ def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | N
             config, written = restored.config, restored.written
             about |= {'config': settings.to_dict(config)}
         elif config.init_from:
-            state = start_from(config, layout, state)
+            state = start_from(config, sizes, layout, state)
     first_step = int(state.step)
     if skip is not None:
         first = batch_of_step(first_step + 1, notes['left_out'])
@@ -152,6 +153,17 @@ def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | N
     )
 
 
+def check_float64(config: ConfigDict) -> None:
+    """Refuse settings that ask for float64 where JAX would quietly compute in float32.
+
+    Raises:
+      UserError: float64 is not enabled.
+    """
+    if config.precision == 'float64':
+        need_float64('precision')
+    methods.make(config).check()
+
+
 def introduce(setup: Setup, say: Callable[[str], None]) -> None:
     """Say in a few lines what is about to run."""
     config, sizes, first_step = setup.config, setup.sizes, setup.first_step
@@ -175,12 +187,8 @@ def introduce(setup: Setup, say: Callable[[str], None]) -> None:
         )
     for line in optim.unread(config.optimizer):
         say(line)
-    asked = config.loss.queue.queue_length
-    if asked != sizes.queue_length:
-        say(
-            f'config.loss.queue.queue_length={asked} is lowered to {sizes.queue_length}, '
-            'a multiple of the batch'
-        )
+    for line in methods.make(config).notes(sizes):
+        say(line)
     if first_step:
         say(f'going on from step {first_step:,}')
     for first, last in setup.notes['left_out']:

@@ -1,0 +1,63 @@
+"""Signs of health that methods of embeddings, prototypes and codes share."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from swav_jax.parallel.mesh import AXES
+
+
+@jax.named_scope('health')
+def health(
+    loss: jax.Array,
+    embeddings: jax.Array,
+    scores: jax.Array,
+    codes: jax.Array,
+    weights: jax.Array,
+) -> dict[str, jax.Array]:
+    """The global batch's loss and signs of collapse, in one all-reduce.
+
+    Args:
+      loss: () this replica's loss.
+      embeddings: (A, B, D) of the crops that get codes.
+      scores, codes: (A, B, K) of these crops, of one prototype head.
+      weights: (B,) 1, or 0 for an image that must not count.
+
+    Returns:
+      A dict of scalars:
+
+      - `loss`;
+      - `code_entropy`: of an image's code in nats, mean over images; ln K when all are uniform;
+      - `active_prototypes`: how many are the nearest one of some such crop;
+      - `largest_prototype_share`: share of the crops that are nearest to the same one;
+      - `embedding_std`: mean over dimensions; 0 when all are equal, 1/√D when they spread;
+      - `bad_images`: of weight 0.
+    """
+    nearest = jnp.argmax(scores, -1)
+    votes = jnp.sum(jax.nn.one_hot(nearest, codes.shape[-1]) * weights[:, None], (0, 1))
+    entropy = -jnp.sum(jax.scipy.special.xlogy(codes, codes), -1)
+    total = lax.psum(
+        jnp.concatenate(
+            [
+                jnp.stack([loss, 1.0, jnp.sum(weights), len(weights), jnp.sum(weights * entropy)]),
+                jnp.sum(weights[:, None] * embeddings, (0, 1)),
+                jnp.sum(weights[:, None] * jnp.square(embeddings), (0, 1)),
+                votes,
+            ],
+            dtype=loss.dtype,
+        ),
+        AXES,
+    )
+    dim = embeddings.shape[-1]
+    scalars, sums, squares, votes = jnp.split(total, [5, 5 + dim, 5 + 2 * dim])
+    loss, replicas, counted, images, entropy = scalars
+    samples = jnp.maximum(counted * len(codes), 1.0)
+    variance = squares / samples - jnp.square(sums / samples)
+    return {
+        'loss': loss / replicas,
+        'code_entropy': entropy / samples,
+        'active_prototypes': jnp.sum(votes > 0),
+        'largest_prototype_share': jnp.max(votes) / samples,
+        'embedding_std': jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0))),
+        'bad_images': images - counted,
+    }
