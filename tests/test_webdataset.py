@@ -223,10 +223,15 @@ def test_files_that_are_no_shards(tmp_path):
         (bz2.compress(whole), 'compressed (bzip2)'),
         (b'PK\3\4' + bytes(5000), 'no whole, uncompressed tar'),
         (bytes(10240), 'no images'),
-        (b'', 'no images'),
+        (b'', 'x.tar is no whole, uncompressed tar file (it is empty)'),
     ):
         path.write_bytes(content)
         assert said in refusal(f'webdataset:{path}')
+        both = f'webdataset:{tmp_path}/{{0,x}}.tar'
+        if said == 'no images':  # nothing but the end mark
+            assert len(sources.open_source(both, channels=3)) == 1
+        else:
+            assert said in refusal(both)
     os.mkfifo(tmp_path / 'pipe.tar')
     for name in ('pipe.tar', '', '../../../../../dev/zero'):
         assert 'cannot be read' in refusal(f'webdataset:{tmp_path}/{name}')

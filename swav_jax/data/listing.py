@@ -12,7 +12,7 @@ from swav_jax.data.regular import read_regular
 from swav_jax.errors import UserError
 
 Stamps = dict[str, list[int]]
-RULES = 2  # raise it when other files are listed than before, so that no old listing is used
+RULES = 3  # raise it when other files are listed than before, so that no old listing is used
 SETTLED_S = 2.0  # the coarsest clock of a file system
 
 

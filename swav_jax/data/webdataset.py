@@ -209,9 +209,11 @@ def read_members(file: str, stream: BinaryIO, remarks: Remarks) -> Iterator[Memb
     """The members of one or, one after another in the same file, several archives.
 
     Raises:
-      ValueError: an archive does not end with two blocks of zeros, or goes backwards.
+      ValueError: there is none, or one does not end with two blocks of zeros, or goes backwards.
     """
     at, size = 0, stream.seek(0, 2)
+    if not size:
+        raise ValueError('it is empty')
     while at < size:
         stream.seek(at)
         with tarfile.open(fileobj=stream, mode='r:') as archive:
