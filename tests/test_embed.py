@@ -1,6 +1,8 @@
 """What `Model.embed` takes for images, and what it refuses."""
 
+import io
 import logging
+import types
 
 import jax
 import numpy as np
@@ -119,6 +121,13 @@ REFUSED = {
     'channels first': (np.zeros((5, 3, 8, 9), np.uint8), 'channels first'),
     'one, channels first': (np.moveaxis(RGB, -1, 0), 'move its channels last'),
     'in a list, channels first': ([np.moveaxis(RGB, -1, 0)], 'channels first'),
+    'open file': (io.BytesIO(encode(COLOUR, 'PNG')), 'images is an open file .BytesIO.: give'),
+    'open text': (io.StringIO('a.png\nb.png'), 'images is an open file .StringIO'),
+    'open file in a list': ([RGB, io.BytesIO(b'')], r'images\[1\] is an open file'),
+    'mapping': (types.MappingProxyType({'a.png': 1}), 'type mappingproxy'),
+    'one of two channels': (np.zeros((32, 32, 2), np.uint8), r'\[32, 32, 2\]: one image of two'),
+    'missing file': ('/no/such.png', 'none of 1 images can be read: /no/such.png'),
+    'unreadable': ([b'no', b'image'], r'none of 2 images .*images\[0\], images\[1\]'),
     'two channels': (np.zeros((5, 8, 8, 2), np.uint8), '2 channels.*1, 3 or 4'),
     'vector': (np.zeros(784, np.uint8), r'uint8\[784\]'),
     'five axes': (np.zeros((1, 2, 8, 8, 3), np.uint8), r'\[1, 2, 8, 8, 3\]'),

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,9 @@ def open_images(images: Any, channels: int) -> Source:
         images = images.ravel().tolist()
     elif isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
         images = [images]
-    elif isinstance(images, dict | set | frozenset | Source) or not isinstance(images, Iterable):
+    elif isinstance(images, Mapping | set | frozenset | Source) or not isinstance(images, Iterable):
         raise UserError(f'images are of type {type(images).__name__}: {FORMS}')
+    _refuse_file(images, 'images')
     items = [_item(item, f'images[{i}]', channels) for i, item in enumerate(images)]
     if not items:
         raise UserError(f'there are no images: {FORMS}')
@@ -122,11 +123,19 @@ def _item(item: Any, name: str, channels: int) -> str | bytes | Image.Image | np
     if isinstance(item, Image.Image):
         return item
     if not _is_array(item):
+        _refuse_file(item, name)
         raise UserError(f'{name} is of type {type(item).__name__}: {FORMS}')
     array = _array(item, name)
     if array.ndim == 2:
         array = array[..., None]
     return _checked(array, name, channels, 3)
+
+
+def _refuse_file(value: Any, name: str) -> None:
+    """Refuse an open file, whose lines would be taken for images."""
+    if hasattr(value, 'read'):
+        kind = type(value).__name__
+        raise UserError(f'{name} is an open file ({kind}): give its path or its bytes')
 
 
 def _is_spec(path: str) -> bool:
@@ -140,12 +149,18 @@ def _batch(images: np.ndarray, channels: int) -> np.ndarray:
     Raises:
       UserError: it is none of images.
     """
+    what = f'images are {images.dtype}{list(images.shape)}'
     if images.ndim == 3 and images.shape[-1] in {1, 3, 4, channels}:
         images = images[None]
     elif images.ndim == 3 and images.shape[0] == channels == 3:
         raise UserError(
-            f'images are {images.dtype}{list(images.shape)}: for one image move its channels last '
-            '(height, width, 3); for three gray ones add an axis (3, height, width, 1)'
+            f'{what}: for one image move its channels last (height, width, 3); for three gray ones '
+            'add an axis (3, height, width, 1)'
+        )
+    elif images.ndim == 3 and images.shape[-1] == 2:
+        raise UserError(
+            f'{what}: one image of two channels, or gray ones of two columns? Give one image 1, 3 '
+            'or 4 channels, or add an axis to gray ones, images[..., None]'
         )
     elif images.ndim == 3:
         images = images[..., None]

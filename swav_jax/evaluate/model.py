@@ -18,7 +18,7 @@ from swav_jax.config.file import override
 from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate.extraction import Features, extract
+from swav_jax.evaluate.extraction import Features, check_readable, extract
 from swav_jax.precision import COMPUTE_DTYPES
 from swav_jax.runs import digest
 from swav_jax.runs.checkpoint import Checkpoints
@@ -80,10 +80,11 @@ class Model:
             `readable`.
 
         Raises:
-          UserError: it is none of these, or there are none.
+          UserError: it is none of these, there are none, or none can be read.
         """
         source = in_memory.open_images(images, self.config.data.channels)
         found = self.extract(source)
+        check_readable(found.readable, source, 1.0)
         bad = np.flatnonzero(~found.readable)
         if len(bad):
             names = ', '.join(printable(source.name(i)) for i in bad[:5])
