@@ -26,10 +26,11 @@ LABEL_NAMES = re.compile(r'y|.*(label|class|target|categor|species).*', re.IGNOR
 
 
 class Listed(NamedTuple):
-    """A list of images: paths, what is written as the label of each (None: nothing), and notes."""
+    """A list of images: paths, the word for each label (None: nothing), their lines, and notes."""
 
     paths: list[str]
     words: list[str | None]
+    lines: list[int]  # counted from 1
     notes: list[str]
 
 
@@ -52,7 +53,7 @@ def open_filelist(spec: str) -> FileSource:
     if file.suffix == '.npy':
         names = load_npy(file, 'US')
         names = names.astype(str) if names.dtype.kind == 'S' else names
-        listed = Listed(names.tolist(), [None] * len(names), [])
+        listed = Listed(names.tolist(), [None] * len(names), [], [])
     else:
         listed = parse(read_text(file), file.parent)
     for name in listed.paths:
@@ -60,7 +61,7 @@ def open_filelist(spec: str) -> FileSource:
             raise UserError(f'{file} lists {name!r}, which is no name of a file')
     if not listed.paths:
         raise UserError(f'{file} lists no images; it should hold one path a line')
-    labels, class_names, notes = number_words(listed.words)
+    labels, class_names, notes = number_words(listed.words, listed.lines)
     if 'labels' in options:
         labels, class_names = load_labels(absolute(options['labels'])), None
     if labels is not None and len(labels) != len(listed.paths):
@@ -163,7 +164,10 @@ def read_text(file: Path) -> str:
 def parse(text: str, folder: Path) -> Listed:
     """What the lines of a list say; `folder` is where it lies."""
     lines = [line.strip() for line in re.split(r'\r\n|\n|\r', text)]
-    lines = [x for x in lines if x and not (x[0] == '#' and not (folder / x).is_file())]
+    numbers = [
+        i for i, x in enumerate(lines) if x and not (x[0] == '#' and not (folder / x).is_file())
+    ]
+    lines = [lines[i] for i in numbers]
     notes = []
     columns = None
     if len(lines) > 1 and not _has_image(lines[0]) and _has_image(lines[1]):
@@ -172,7 +176,7 @@ def parse(text: str, folder: Path) -> Listed:
             notes.append(
                 f'the first line, {printable(lines[0])}, is taken for the names of columns'
             )
-            lines = lines[1:]
+            lines, numbers = lines[1:], numbers[1:]
     found = [(columns and _by_columns(line, *columns)) or _by_name(line) for line in lines]
     if not any(_has_image(line) for line in lines):
         # Names without an ending: the last number of each line is a label if all have one.
@@ -180,8 +184,10 @@ def parse(text: str, folder: Path) -> Listed:
         if ends and all(ends):
             found = [(end[1], end[2], False) for end in ends]
     if more := sum(1 for _, _, others in found if others):
-        notes.append(f'columns after the label are left out ({more:,} lines)')
-    return Listed([name for name, _, _ in found], [word for _, word, _ in found], notes)
+        which = 'but those of path and label' if columns else 'after the label'
+        notes.append(f'columns {which} are left out ({more:,} lines)')
+    names, words = [name for name, _, _ in found], [word for _, word, _ in found]
+    return Listed(names, words, [i + 1 for i in numbers], notes)
 
 
 def _has_image(line: str) -> bool:
@@ -234,7 +240,8 @@ def _by_columns(
     cells = _cells(line, mark)
     if len(cells) != count:
         return None
-    return cells[path], None if label is None else cells[label], count > 2
+    word = None if label is None else cells[label]
+    return cells[path], word, count > 1 + (label is not None)
 
 
 def _cells(line: str, mark: str) -> list[str]:
@@ -250,9 +257,13 @@ def _is_number(word: str) -> bool:
 
 
 def number_words(
-    words: Sequence[str | None],
+    words: Sequence[str | None], lines: Sequence[int]
 ) -> tuple[np.ndarray | None, list[str] | None, list[str]]:
     """Labels (len,), the classes' names unless the labels are numbers, and notes.
+
+    Args:
+      words: what is written as labels; None is nothing.
+      lines: where, for messages.
 
     Raises:
       UserError: numbers and names, or numbers that are not whole or not of 64 bits.
@@ -262,34 +273,40 @@ def number_words(
         return None, None, []
     numbers = {word for word in known if _is_number(word)}
     names = sorted(known - numbers)
+
+    def line(word: str) -> int:
+        return lines[words.index(word)]
+
     if names and (numbers - {'-1'} or re.fullmatch(r'[+-]?\d*\.\d+(e[+-]?\d+)?', names[0])):
         word = min(numbers, default='')
         raise UserError(
             f'labels must be whole numbers or names of classes, but {some(names, len(names))} '
-            f'{"stands beside " + word if word else "is neither"}'
+            f'{"stands beside " + word if word else "is neither"} (line {line(names[0])})'
         )
     if names:
         values = {name: i for i, name in enumerate(names)} | dict.fromkeys(numbers, -1)
     else:
-        values = {word: _whole(word) for word in numbers}
+        values = {}
+        for word in numbers:
+            digits = word.partition('.')[0]
+            if len(digits) > 20 or int(digits) >= 2**64:
+                shown = digits[:20] + '…' * (len(digits) > 20)
+                raise UserError(
+                    f'line {line(word)}: the label {shown} does not fit 64 bits: number the '
+                    'classes from 0'
+                )
+            values[word] = int(digits)
     notes = []
     if missing := sum(word not in values for word in words):
         notes.append(f'{missing:,} of {len(words):,} images have no label and count as unlabelled')
     smallest, largest = min([-1 if missing else 0, *values.values()]), max(values.values())
     if smallest < -(2**63) or (smallest < 0 and largest >= 2**63):
-        raise UserError('labels must fit 64 bits: above 2^63 - 1 none may be negative or missing')
+        raise UserError(
+            'labels must fit 64 bits: above 2^63 - 1 none may be negative or missing; number the '
+            'classes from 0'
+        )
     kind = np.int64 if largest < 2**63 else np.uint64
     return np.array([values.get(word, -1) for word in words], kind), names or None, notes
-
-
-def _whole(word: str) -> int:
-    digits = word.partition('.')[0]
-    if len(digits) > 20:
-        raise UserError(f'the label {digits[:20]}… does not fit 64 bits')
-    value = int(digits)
-    if value >= 2**64:
-        raise UserError(f'the label {value} does not fit 64 bits')
-    return value
 
 
 def load_labels(file: Path) -> np.ndarray:
