@@ -212,7 +212,20 @@ ROW = bytes(range(256)) * 12
                 pickle.dumps({'data': np.zeros((1, 3072), np.uint8), 'labels': labels}, 2),
                 id=f'labels {labels!r}',
             )
-            for labels in ([], [1, 2], [10], [-2], ['1'], [1.0], [[1]], [True], [2**70], 3, None)
+            for labels in (
+                [],
+                [1, 2],
+                [10],
+                [-1],
+                [-2],
+                ['1'],
+                [1.0],
+                [[1]],
+                [True],
+                [2**70],
+                3,
+                None,
+            )
         ),
     ],
 )
@@ -291,6 +304,16 @@ def test_hand_made_labels_of_svhn_are_damaged(tmp_path, y):
     content = {'X': np.zeros((32, 32, 3, 3), np.uint8), 'y': y}
     scipy.io.savemat(tmp_path / 'train_32x32.mat', content)
     assert 'damaged' in refusal(f'torchvision:SVHN:{tmp_path}')
+
+
+@pytest.mark.parametrize(
+    ('content', 'lacks'),
+    [({'Z': 1}, 'X'), ({'X': np.ones((2, 2))}, 'y'), ({'y': 1}, 'X'), ({'X': 'text', 'y': 1}, 'X')],
+)
+def test_what_svhn_lacks_is_named(tmp_path, content, lacks):
+    scipy.io.savemat(tmp_path / 'train_32x32.mat', content)
+    said = f'damaged (train_32x32.mat has no array {lacks} of numbers)'
+    assert said in refusal(f'torchvision:SVHN:{tmp_path}')
 
 
 @pytest.mark.parametrize(

@@ -87,8 +87,8 @@ def read_cifar10(root: Path, split: str) -> Found:
             raise ValueError(f'{name} has no data of bytes (N, 3072)')
         if isinstance(numbers, np.ndarray):
             numbers = numbers.reshape(-1).tolist()
-        if not isinstance(numbers, list) or not all(type(x) is int for x in numbers):
-            raise ValueError(f'{name} has no list of labels')
+        if not isinstance(numbers, list) or not all(type(x) is int and x >= 0 for x in numbers):
+            raise ValueError(f'{name} has no list of labels of 0 or more')
         if len(numbers) != len(data):
             raise ValueError(f'{name} has {len(data)} images, but {len(numbers)} labels')
         images.append(data.reshape(-1, 3, 32, 32))
@@ -184,6 +184,9 @@ def read_stl10(root: Path, split: str) -> Found:
 def read_svhn(root: Path, split: str) -> Found:
     """MATLAB files of X (32, 32, 3, N) and y (N, 1), in which 10 stands for the digit 0."""
     content = matlab.load_arrays(read_regular(root / f'{split}_32x32.mat'), MAX_UNPACKED)
+    for name in 'Xy':
+        if name not in content:
+            raise ValueError(f'{split}_32x32.mat has no array {name} of numbers')
     images, labels = content['X'], content['y'].reshape(-1)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
         raise ValueError(f'X is {images.dtype}{list(images.shape)}, not uint8[32, 32, 3, N]')
