@@ -49,6 +49,15 @@ def changed(*words, config='configs/demo.py'):
         ('--config.data.crop_scales[1][0]=0.3', 'data.crop_scales', ((0.4, 1.0), (0.3, 0.4))),
         (f'--{LR}.lengths=(0.1,0.9)', 'optimizer.param_schedulers.lr.lengths', (0.1, 0.9)),
         ('--config.seed=1 --config.seed=2', 'seed', 2),
+        *(
+            (f'--{LR}.interval_scaling={text}', 'optimizer.param_schedulers.lr.interval_scaling', x)
+            for text, x in (
+                ('fixed,rescaled', ('fixed', 'rescaled')),
+                ('(fixed,rescaled)', ('fixed', 'rescaled')),
+                ('("fixed","fixed")', ('fixed', 'fixed')),
+                ('fixed', ('fixed',)),
+            )
+        ),
     ],
 )
 def test_a_setting_is_changed_in_its_type(words, name, value):
@@ -94,6 +103,8 @@ BAD_CHANGES = [
     ('--config.data.num_crops=' + '(' * 9999, 'must be as (1, 2)'),
     ('--config.data.num_crops=2 6', 'must be as (1, 2)'),
     ('--config.data.num_crops=__import__("os")', 'must be as (1, 2)'),
+    ('--config.data.crop_scales=big', 'must be as ((0.4, 1.0), '),
+    (f'--{LR}.interval_scaling=rescaled;fixed', "must be as ('rescaled', 'fixed')"),
     ('--config.seed=' + '9' * 5000, 'must be a whole number'),
     ('--config.seed=1.5', 'must be a whole number'),
     ('--config.seed=', 'must be a whole number'),

@@ -18,7 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, show
 
 LONGEST_FILE = 10_000_000  # bytes
 BOOLEANS = dict.fromkeys(('true', 't', 'yes', 'y', '1'), True)
@@ -186,7 +186,11 @@ def _parsed(text: str | None, default: Any) -> Any:
             return type(default)(text)
         value = _tuples(ast.literal_eval(text))
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, OverflowError):
-        kind = {int: 'a whole number', float: 'a number'}.get(type(default), 'as (1, 2) or (1,)')
+        first = default[0] if isinstance(default, tuple) and default else 0
+        if isinstance(first, str) and re.fullmatch(r'[(\[]?\w+(,\s*\w+)*,?[)\]]?', text):
+            return tuple(re.findall(r'\w+', text))  # words without quotes
+        like = '(1, 2) or (1,)' if isinstance(first, int | float) else show(default)
+        kind = {int: 'a whole number', float: 'a number'}.get(type(default), f'as {like}')
         raise ValueError(f'must be {kind}') from None
     return (value,) if isinstance(default, tuple) and not isinstance(value, tuple) else value
 
