@@ -105,7 +105,7 @@ def integer(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
     """The type of a flag that is a whole number in these bounds."""
 
     def parse(text: str) -> int:
-        allowed = f'a whole number of {least} or more' + f', to {most}' * (most < 2**31 - 1)
+        allowed = f'a whole number of {least} or more' + f', to {most}' * (most != 2**31 - 1)
         return _checked(int, text, lambda x: least <= x <= most, allowed)
 
     return parse
@@ -160,6 +160,10 @@ def path(text: str) -> Path:
 
 def new_file(text: str) -> Path:
     """The type of a flag that names a file to write: a regular one, or none yet."""
+    if text.endswith(os.sep):
+        raise argparse.ArgumentTypeError(
+            f'={text}: must name a file, not a folder (no / at the end)'
+        )
     return _new(text, Path.is_file, 'file')
 
 

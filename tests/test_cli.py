@@ -249,7 +249,7 @@ COMMANDS = {
     'swav_jax.commands.preview': (
         ['--config={config}'],
         {
-            '--output': [*BAD_PATHS, '{folder}', '/dev/full', 'x.foo', 'x.txt'],
+            '--output': [*BAD_PATHS, '{folder}', '/dev/full', 'x.foo', 'x.txt', 'x.png/'],
             '--images': ['0', '-1', 'x', '9' * 30],
         },
     ),
@@ -257,7 +257,7 @@ COMMANDS = {
         [],
         {
             '--workdir': [*BAD_PATHS, '{file}', '{folder}'],
-            '--out': [*BAD_PATHS, '{folder}', '/dev/full'],
+            '--out': [*BAD_PATHS, '{folder}', '/dev/full', 'x.pth/'],
             '--layout': ['timm', ''],
             '--format': ['onnx'],
             '--step': ['-1', 'x', '9' * 30],
@@ -270,6 +270,18 @@ COMMANDS = {
             '--workdir': [*BAD_PATHS, '{file}', '{folder}'],
             '--limit': ['-5', 'x', '1.5', '9' * 30],
             '--step': ['-1', 'x', '9' * 30],
+            '--k': ['nan', '0', '1.5'],
+        },
+    ),
+    'swav_jax.evaluate.semi': (
+        [],
+        {
+            '--epochs': ['nan', '0', '1.5'],
+            '--batch_size': ['nan', '0', '1.5'],
+            '--share': ['nan', '-1', '1.1'],
+            '--learning_rate': ['nan', '-1'],
+            '--trunk_learning_rate': ['nan', '-1'],
+            '--seed': ['nan', '-1', str(2**32)],
         },
     ),
 }
@@ -277,6 +289,7 @@ NEEDED = {
     'swav_jax.main': ['--workdir={run}'],
     'swav_jax.export': ['--out={new}', '--workdir={run}'],
     'swav_jax.evaluate.knn': ['--workdir={run}'],
+    'swav_jax.evaluate.semi': ['--workdir={run}'],
 }
 SPECS = [
     *('', '/', '{folder}', '{file}', 'none.py', 'none.py:3', '~nosuchuser/c.py', 'a' * 300),

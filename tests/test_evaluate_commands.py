@@ -319,7 +319,7 @@ def test_exported_weights_are_evaluated_like_the_run(workdir, tmp_path):
             'config.evaluate.size=29: must be at most',
         ),
         (['--workdir={run}', '--nonsense'], "'--nonsense' is not known"),
-        (['--workdir={run}', '--epochs=0'], '--epochs=0 must be above 0'),
+        (['--workdir={run}', '--epochs=0'], '--epochs=0: must be a whole number of 1 or more'),
         (['--workdir={run}', '--crop_scale', '2', '1'], '--crop_scale 2 1: give two numbers'),
         (['--weights=missing.pth', '--config=configs/demo.py'], 'missing.pth does not exist'),
         (['--weights=missing.pth', '--config=missing.py'], 'there is no such file'),

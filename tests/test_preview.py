@@ -52,7 +52,8 @@ def test_a_sheet_shows_names_that_are_no_mathematics_and_not_of_its_font(tmp_pat
         Image.new('RGB', (40, 40)).save(tmp_path / name)
     config = demo_config()
     config.data.update(source=f'folder:{tmp_path}', channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
-    preview.draw(config, tmp_path / 'sheet.jpg', images=4)
+    preview.draw(config, tmp_path / 'new' / 'sheet.jpg', images=4)
+    assert (tmp_path / 'new' / 'sheet.jpg').is_file()
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

@@ -90,6 +90,7 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
     ]
     figure = contact_sheet(source, batch, crops, titles, data)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as temporary, temporary.open('wb') as file:
             figures.write(figure, file, dpi=100, format=path.suffix[1:].lower() or 'png')
     except OSError as error:

@@ -31,7 +31,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swav_jax import atomic
+from swav_jax import atomic, cli
 from swav_jax.cpu.host_memory import total_bytes
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
@@ -57,13 +57,13 @@ PRESETS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of what trains a classifier."""
     labelled.add_flags(parser)
-    parser.add_argument('--epochs', type=int)
-    parser.add_argument('--learning_rate', type=float, help='for 256 images a step')
-    parser.add_argument('--batch_size', type=int)
+    parser.add_argument('--epochs', type=cli.integer(1))
+    parser.add_argument('--learning_rate', type=cli.number(0), help='for 256 images a step')
+    parser.add_argument('--batch_size', type=cli.integer(1))
     parser.add_argument(
         '--crop_scale', nargs='+', default=['0.08', '1'], help='least and largest share of the area'
     )
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--seed', type=cli.integer(0, 2**32 - 1), default=0)
     parser.add_argument('--out', help="folder for the results (default: in the run's)")
 
 
@@ -208,5 +208,7 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser(__doc__)
     add_flags(parser)
     parser.add_argument('--preset', choices=(*PRESETS, 'logistic'), default='swav')
-    parser.add_argument('--c', type=float, default=1.0, help='of logistic: the inverse penalty')
+    parser.add_argument(
+        '--c', type=cli.number(0), default=1.0, help='of logistic: the inverse penalty'
+    )
     return command.run(_main, parser, argv)

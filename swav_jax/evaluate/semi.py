@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from swav_jax import cli
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, labelled, linear
@@ -70,7 +71,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__)
     linear.add_flags(parser)
-    parser.add_argument('--share', type=float, default=0.1, help='of the labelled images')
+    parser.add_argument(
+        '--share', type=cli.number(0, 1), default=0.1, help='of the labelled images'
+    )
     parser.add_argument('--preset', choices=tuple(PRESETS), help='(default: by --share)')
-    parser.add_argument('--trunk_learning_rate', type=float)
+    parser.add_argument('--trunk_learning_rate', type=cli.number(0))
     return command.run(_main, parser, argv)

@@ -230,7 +230,7 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
     try:
         path = Path(path).expanduser()
         if path.exists() and not path.is_file():  # a folder, or a device that would be replaced
-            raise UserError(f'{printable(path)} cannot be written (not a file): give another --out')
+            raise UserError(f'--out={printable(path)} cannot be written (not a file): give another')
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(path) as temporary:
             if file_format == 'safetensors':
@@ -242,7 +242,7 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = getattr(error, 'strerror', None) or str(error).partition('\n')[0]
         raise UserError(
-            f'{printable(path)} cannot be written ({printable(reason)}): give another --out'
+            f'--out={printable(path)} cannot be written ({printable(reason)}): give another'
         ) from error
 
 
