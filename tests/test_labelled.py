@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from pictures import encode, picture
 
 from swav_jax.data.images import ArraySource
+from swav_jax.data.in_memory import ItemSource
 from swav_jax.errors import UserError
-from swav_jax.evaluate.labelled import pair
+from swav_jax.evaluate.labelled import learnable, pair
 
 CATS = ['bird', 'cat', 'dog']
 
@@ -117,7 +119,7 @@ def test_classes_are_matched_by_name(train, test, train_classes, test_classes, r
         (([0, 1], ['a', 'b']), ([1, 2], None), r'no class in common (a, b and 1, 2)'),
         (([0, 1], ['a', 'b']), ([-1, 0], None), ''),  # place 0
         (([0, 0], ['a', 'b']), ([0], ['a']), 'all images of train are of one class, a'),
-        ((None,), ([0], ['a']), 'train has no labels'),
+        ((None,), ([0], ['a']), 'train has no labels: put each class into its own folder'),
         (([0, 1], ['a', 'b']), ([-1], None), 'test has no labels'),
         (([0, 1], ['a\x1b[2J', 'b']), ([0], ['[red]\n']), r'(a\x1b[2J, b and [red]\n)'),
         ((list(range(9)), list('abcdefghi')), ([0], 'x'), '(a, b, c, d, e and 4 more and x)'),
@@ -126,9 +128,50 @@ def test_classes_are_matched_by_name(train, test, train_classes, test_classes, r
 def test_what_cannot_be_matched_is_refused_in_one_line(train, test, message):
     if train[0] is None:
         train = ([-1, -1], None)
+        for name, remedy in (
+            ('filelist:/x.txt', 'write its label, 0 or more, behind each path'),
+            ('--train=webdataset:/x.tar', 'in a .cls member'),
+            ('--train=torchvision:STL10:/x:unlabeled', 'name a split'),
+            ('--train=folder:/x', 'put each class into its own folder'),
+        ):
+            with pytest.raises(UserError, match=f'{name} has no labels: .*{remedy}'):
+                pair(source(*train), source(*test), (name, 'test'))
     if not message:
         pair(source(*train), source(*test))
         return
     with pytest.raises(UserError) as caught:
         pair(source(*train), source(*test))
     assert message in str(caught.value) and '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('bad', 'test', 'rows', 'said'),
+    [
+        ((), [0, 1, 2], [0, 1, 2], ''),
+        ((0,), [0, 1, 2], [0, 1, 2], ''),  # one of two
+        (
+            (0, 1),
+            [0, 1, 2, 0],
+            [1, 2],
+            'no image of bird in train can be read: 2 of 4 images of te',
+        ),
+        ((0, 1, 2, 3), [2, 0], [0], 'no image of bird, cat in train can be read: 1 of 2 images'),
+        ((0, 1, 2, 3, 4, 5), [2, 0], [0, 1], ''),  # which is said of all of them
+        ((0, 1), [1, 2], [0, 1], ''),
+        ((0, 1), [0, 0], None, 'no image of bird in train can be read, and test has no others'),
+    ],
+)
+def test_classes_that_cannot_be_learned_are_left_out(bad, test, rows, said):
+    """A class is in the folder, but none of its images can be read: as good as none."""
+    whole = encode(picture(4, 4), 'PNG')
+    train = ItemSource([b'no image' if i in bad else whole for i in range(6)])
+    train = train.relabel(np.repeat([0, 1, 2], 2).astype(np.int32), CATS)
+    if rows is None:
+        with pytest.raises(UserError, match=said):
+            pair(train, source(test, CATS))
+        return
+    made = pair(train, source(test, CATS))
+    assert len(made.train) == 6, 'unreadable images are counted later'
+    assert made.rows.tolist() == rows and labelled(made.test) == [CATS[test[i]] for i in rows]
+    assert said in '\n'.join(made.notes) and ('read' in '\n'.join(made.notes)) == bool(said)
+    assert learnable(made.train, made.test)[0].tolist() == list(range(len(rows)))

@@ -275,6 +275,11 @@ def decode_with_pil(
     return gray, np.full(2, canvas_size, np.int32), np.float32(0)
 
 
+def is_readable(source: Source, index: int) -> bool:
+    """Whether an image counts: it can be read and decoded."""
+    return isinstance(source, ArraySource) or decode_with_pil(source, 1, 1, index)[2] > 0
+
+
 def _fit(
     image: Image.Image,
     original: tuple[int, int],

@@ -1,8 +1,9 @@
 """Labelled images to learn from and others to test on, with one numbering of their classes.
 
 Classes are matched by name. The classes are those that have images to learn from. A test image of
-another class could never be classified right, and one of an unknown class never be judged: both
-are left out, and the notes say how many. Where one side has names and the other only ids, as in a
+another class could never be classified right, nor one of a class of which no image to learn from
+can be read, and one of an unknown class never be judged: all are left out, and the notes say how
+many. Where one side has names and the other only ids, as in a
 list of paths and numbers, the ids are places in the other's list of classes.
 """
 
@@ -12,14 +13,23 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from swav_jax.data.decode import is_readable
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.terminal import printable
 
 SHOWN = 5  # names in a line
+# How images of each kind of source get labels.
+_REMEDIES = {
+    'filelist': 'write its label, 0 or more, behind each path',
+    'webdataset': 'give each image its label in a .cls member',
+    'torchvision': 'name a split with labels',
+    'tfds': 'name a dataset with labels',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +58,15 @@ def pair(train: Source, test: Source, names: Sequence[str] = ('train', 'test')) 
       names: what messages call the two.
 
     Raises:
-      UserError: one has no labels, or they have no class in common, or all of `train` is one class.
+      UserError: one has no labels, or they have no class in common that can be learned, or all of
+        `train` is one class.
     """
     names = [printable(name) for name in names]
     for source, name in zip((train, test), names, strict=True):
         if source.labels is None:
-            raise UserError(f'{name} has no labels: put each class into its own folder')
+            kind = re.search(r'(?:^|=)(\w+):', name)
+            remedy = _REMEDIES.get(kind and kind[1], 'put each class into its own folder')
+            raise UserError(f'{name} has no labels: {remedy}')
     if _is_pair(train, test):
         return Pair(train, test, np.arange(len(test)))
 
@@ -91,12 +104,42 @@ def pair(train: Source, test: Source, names: Sequence[str] = ('train', 'test')) 
     if only:
         missing = few([class_names[i] for i in only])
         notes.append(f'{names[1]} has no images of classes of {names[0]}: {missing}')
-    return Pair(
-        train.relabel(train_labels, class_names).take(np.flatnonzero(train_labels >= 0)),
-        test.relabel(test_labels, class_names).take(rows),
-        rows,
-        tuple(notes),
-    )
+    train = train.relabel(train_labels, class_names).take(np.flatnonzero(train_labels >= 0))
+    test = test.relabel(test_labels, class_names)
+    kept, said = learnable(train, test.take(rows), names)
+    return Pair(train, test.take(rows[kept]), rows[kept], (*notes, *said))
+
+
+def learnable(
+    train: Source, test: Source, names: Sequence[str] = ('train', 'test')
+) -> tuple[np.ndarray, list[str]]:
+    """Which images of `test` are not of a class of `train` none of whose images can be read.
+
+    Args:
+      train, test: as `pair` matches them.
+      names: what messages call the two.
+
+    Returns:
+      Their indices, and a line on the others if there are any.
+
+    Raises:
+      UserError: there are none.
+    """
+    order = np.argsort(train.labels, kind='stable')
+    classes, first = np.unique(train.labels[order], return_index=True)
+    with ThreadPoolExecutor() as threads:
+        can = threads.map(
+            lambda rows: any(is_readable(train, int(i)) for i in rows), np.split(order, first[1:])
+        )
+        lost = classes[~np.fromiter(can, bool)]
+    kept = np.flatnonzero(~np.isin(test.labels, lost))
+    if len(kept) == len(test) or len(lost) == len(classes):  # that none can be read is said later
+        return np.arange(len(test)), []
+    line = f'no image of {few([train.class_names[i] for i in lost])} in {names[0]} can be read'
+    if not len(kept):
+        raise UserError(f'{line}, and {names[1]} has no others: repair them')
+    count = f'{len(test) - len(kept):,} of {len(test):,}'
+    return kept, [f'{line}: {count} images of {names[1]}, which are of these classes, are left out']
 
 
 def _is_pair(train: Source, test: Source) -> bool:

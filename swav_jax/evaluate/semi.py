@@ -63,6 +63,9 @@ def _main(arguments: argparse.Namespace) -> None:
                 'an image to learn from: test images of these count as wrong'
             ]
         )
+    kept, notes = labelled.learnable(train, test, ('--train', '--test'))
+    labelled.say(notes)
+    test = test.take(kept)
     preset = arguments.preset or ('1' if arguments.share < 0.05 else '10')
     linear.train_and_test(arguments, 'semi', PRESETS[preset], model, train, test)
 
