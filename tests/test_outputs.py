@@ -1,8 +1,10 @@
 """A folder of results holds one call's files, and the user's own, whatever happens."""
 
+import contextlib
 import json
 
 import pytest
+from refusals import another_user
 
 from swav_jax.errors import UserError
 from swav_jax.evaluate import outputs
@@ -67,6 +69,16 @@ def test_files_that_no_call_wrote_are_not_replaced(tmp_path, name, text):
     assert (tmp_path / name).read_text() == text
 
 
+def test_only_names_that_this_call_may_write_are_refused(tmp_path):
+    (tmp_path / 'part_9.txt').write_text('mine')
+    for below in (9, 10):
+        with pytest.raises(UserError) if below > 9 else contextlib.nullcontext():
+            outputs.check(tmp_path, 'kind', PATTERN, below=below)
+    with outputs.replacing(tmp_path, 'kind', PATTERN, below=9) as folder:
+        (folder / 'part_8.txt').write_text('ours')
+    assert files(tmp_path) == {'part_9.txt': 'mine', 'part_8.txt': 'ours'}
+
+
 def test_two_calls_do_not_write_to_one_folder(tmp_path):
     with (
         outputs.replacing(tmp_path, 'kind', PATTERN),
@@ -84,12 +96,33 @@ def test_what_out_may_name(tmp_path, monkeypatch):
         with pytest.raises(UserError, match='--out=') as caught:
             outputs.folder(name if name == '/' else tmp_path / name)
         assert '\n' not in str(caught.value)
-    with pytest.raises(UserError, match='is a folder'):
-        outputs.file(tmp_path / 'folder.npy')
+    for name in ('folder.npy', 'new.npz/'):
+        with pytest.raises(UserError, match=f'--out=.*{name} is a folder: name a file'):
+            outputs.file(f'{tmp_path}/{name}')
     assert outputs.folder('~/exp.1/[a]$_é') == tmp_path / 'exp.1' / '[a]$_é'
     assert outputs.folder(tmp_path / 'folder.npy') == tmp_path / 'folder.npy'
     assert outputs.file('~/new/x.npz') == tmp_path / 'new' / 'x.npz'
     assert (tmp_path / 'new').is_dir()
-    with pytest.raises(OSError) as refused:
-        outputs.folder(tmp_path / 'file' / 'below')
-    assert refused.value.filename
+
+
+@pytest.mark.parametrize(
+    ('out', 'reason'),
+    [
+        ('{here}/file/below', 'Not a directory'),
+        ('{here}/closed', 'Permission denied: allow it, or name another place'),
+        ('{here}/closed/new', 'Permission denied: allow it, or name another place'),
+        ('/proc/x', ''),
+        ('~nosuchuser/x', 'no such home folder'),
+        ('a' * 300, 'File name too long'),
+    ],
+)
+def test_what_the_system_refuses_names_the_flag(tmp_path, out, reason):
+    (tmp_path / 'file').write_text('x')
+    (tmp_path / 'closed').mkdir(mode=0o500)
+    out = out.format(here=tmp_path)
+    with another_user(tmp_path):
+        for name, function in ((out, outputs.folder), (f'{out}/x.npz', outputs.file)):
+            with pytest.raises(UserError) as refused:
+                function(name)
+            line = str(refused.value)
+            assert line.startswith(f'--out={name}: ') and reason in line

@@ -342,6 +342,6 @@ def _check_same(about: Tree, before: Tree, out: Path) -> None:
         if before.get(name) != value:
             was = f'{name} {before[name]}' if name in before else f'an unknown {name}'
             raise UserError(
-                f'{printable(out)} holds a training with {was} instead of {value}: name another '
-                '--out'
+                f'--out={printable(out)} holds a training with {was} instead of {value}: '
+                'name another'
             )

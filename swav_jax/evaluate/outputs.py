@@ -6,6 +6,7 @@ What a call wrote is recorded beside it, in KIND.json.
 import contextlib
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from swav_jax import atomic
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, os_error_line
 from swav_jax.terminal import printable
 
 # Endings of names that are meant as files.
@@ -27,19 +28,19 @@ def folder(out: str | Path) -> Path:
     """The folder that --out names, made if it is missing.
 
     Raises:
-      UserError: it is a file, or named like one, or the root of the file system.
+      UserError: it is a file, or named like one, or the root of the file system, or nothing can be
+        written there.
     """
-    path = Path(out).expanduser().absolute()
-    if path.suffix.lower() in _FILES.split() and not path.is_dir():
-        raise UserError(
-            f'--out={printable(out)} is named as a file ({path.suffix}), but becomes a folder: '
-            'name one without such an ending'
-        )
-    if path == path.parent or (path.exists() and not path.is_dir()):
-        raise UserError(f'--out={printable(out)} is no folder for results: name another')
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path):  # fails now and not when all is computed
-        pass
+    with _refused(out):
+        path = Path(out).expanduser().absolute()
+        if path.suffix.lower() in _FILES.split() and not path.is_dir():
+            raise UserError(
+                f'--out={printable(out)} is named as a file ({path.suffix}), but becomes a folder: '
+                'name one without such an ending'
+            )
+        if path == path.parent or (path.exists() and not path.is_dir()):
+            raise UserError(f'--out={printable(out)} is no folder for results: name another')
+        _try_to_write(path)
     return path
 
 
@@ -47,19 +48,37 @@ def file(out: str | Path) -> Path:
     """The file that --out names, in a folder that is made if it is missing.
 
     Raises:
-      UserError: it is a folder.
+      UserError: it is a folder, or nothing can be written there.
     """
-    path = Path(out).expanduser().absolute()
-    if path.is_dir():
-        raise UserError(f'--out={printable(out)} is a folder: name a file')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):  # fails now and not when all is computed
-        pass
+    with _refused(out):
+        path = Path(out).expanduser().absolute()
+        if path.is_dir() or str(out).endswith(os.sep):
+            raise UserError(f'--out={printable(out)} is a folder: name a file')
+        _try_to_write(path.parent)
     return path
 
 
-def check(out: Path, kind: str, pattern: str) -> set[str]:
-    """Names of the files in `out` that earlier calls wrote.
+@contextlib.contextmanager
+def _refused(out: str | Path) -> Iterator[None]:
+    """Let what the system refuses name --out, not the file that was tried."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such home folder
+        if isinstance(error, OSError):
+            error.filename = error.filename2 = None
+        reason = os_error_line(error) if isinstance(error, OSError) else 'no such home folder'
+        raise UserError(f'--out={printable(out)}: {reason}') from error
+
+
+def _try_to_write(folder: Path) -> None:
+    """Make a folder, and fail now and not when all is computed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def check(out: Path, kind: str, pattern: str, below: float = math.inf) -> set[str]:
+    """Names of the files in `out` that earlier calls wrote; arguments as of `replacing`.
 
     Raises:
       UserError: others have names of such files.
@@ -75,10 +94,12 @@ def check(out: Path, kind: str, pattern: str) -> set[str]:
                 written.add(record.name)
     mine = re.compile(f'{pattern}|{re.escape(record.name)}')
     here = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if other := sorted(name for name in here - written if mine.fullmatch(name)):
+    others = [name for name in here - written if mine.fullmatch(name)]
+    others = [name for name in others if all(int(n) < below for n in re.findall(r'\d+', name))]
+    if other := sorted(others):
         raise UserError(
-            f'{printable(out)} holds {other[0]}, which no earlier call of this version wrote, and '
-            'which would be replaced: name another folder, or move that file away'
+            f'--out={printable(out)} holds {other[0]}, which no earlier call of this version '
+            'wrote, and which would be replaced: name another folder, or move that file away'
         )
     return written - {record.name}
 
@@ -98,14 +119,14 @@ def locked(out: Path) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(
-                    f'{printable(out)} is being written by another call: wait for it, or name '
-                    'another folder'
+                    f'--out={printable(out)} is being written by another call: wait for it, or '
+                    'name another folder'
                 ) from error
         yield
 
 
 @contextlib.contextmanager
-def replacing(out: Path, kind: str, pattern: str) -> Iterator[Path]:
+def replacing(out: Path, kind: str, pattern: str, below: float = math.inf) -> Iterator[Path]:
     """An empty folder; the files written there replace those that earlier calls wrote to `out`.
 
     Until the block ends well the earlier files stay. Stopped in the middle of replacing them, `out`
@@ -115,13 +136,14 @@ def replacing(out: Path, kind: str, pattern: str) -> Iterator[Path]:
       out: the folder.
       kind: what the files are, for the name of the record.
       pattern: regular expression of all names that such a call may write.
+      below: what numbers in the names that this call may write are below.
 
     Raises:
       UserError: `out` holds files of such names that no call wrote.
     """
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        old = check(out, kind, pattern)
+        old = check(out, kind, pattern, below)
         temporary = Path(tempfile.mkdtemp(prefix=f'.{kind}.', dir=out))
         try:
             yield temporary
