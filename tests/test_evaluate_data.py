@@ -97,6 +97,26 @@ def test_classes_that_only_one_side_has(evaluate, model, tmp_path):
     assert len(online.test) == 5, 'all are shown'
 
 
+def test_a_class_that_cannot_be_learned_is_left_out_of_the_test(evaluate, model, tmp_path):
+    train = folder(tmp_path / 'train', ant=('cat', 1), cow=('cow', 4), dog=('dog', 4))
+    test = folder(tmp_path / 'test', ant=('cat', 2), cow=('cow', 2), dog=('dog', 2))
+    (tmp_path / 'train' / 'ant' / '0.png').write_bytes(b'no image')
+    line = (
+        'no image of ant in {}={} can be read: 2 of 6 images of {}={}, which are of these classes'
+    )
+    out, said = evaluate(knn, train=train, test=test)
+    assert '8 images vote on 4' in out and 'top-1 100.00%' in out
+    assert line.format('--train', train, '--test', test) in said
+    c = model.config.copy_and_resolve_references()
+    c.evaluate.train_source, c.evaluate.test_source, c.evaluate.k = train, test, 1
+    online = OnlineEvaluation(c, model.net, make_mesh(c.model.sync_bn), tmp_path)
+    names = ('config.evaluate.train_source', train, 'config.evaluate.test_source', test)
+    assert any(line.format(*names) in note for note in online.notes)
+    assert online.run(as_state(model), print)['knn_top1'] == 100 and len(online.test) == 6
+    with pytest.raises(UserError, match='--k=9 neighbours cannot be found among 8 labelled images'):
+        evaluate(knn, train=train, test=test, k=[9])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('preset', ['swav', 'logistic'])
 def test_a_classifier_of_classes_that_only_one_side_has(evaluate, tmp_path, preset):
@@ -294,9 +314,12 @@ def test_unknown_labels_are_no_class(evaluate, model, tmp_path):
     out, said = evaluate(knn, train=spec, test=spec)
     assert '5 images vote on 5' in out and '100.00%' in out
     assert said.count('3 of 8 images have no label') == 2
+    (tmp_path / 'clusters').mkdir()
+    (tmp_path / 'clusters' / 'prototype_999.txt').write_text("the user's own")
     out, said = evaluate(clusters, source=spec, out=tmp_path / 'clusters')
     assert '8 images, nearest' in out and '3 images without a label do not count' in said
-    evaluate(features, source=spec, out=tmp_path / 'f.npz')
+    out, _ = evaluate(features, source=spec, out=tmp_path / 'f.npz')
+    assert 'labels int64[8]\n' in out, 'as they are written'
     written = np.load(tmp_path / 'f.npz')['labels']
     assert written.tolist() == [5, 5, -1, -1, 2**40, 2**40, 2**40, -1]
     source = model.open(spec)
@@ -319,7 +342,7 @@ def test_unknown_labels_are_no_class(evaluate, model, tmp_path):
         (clusters, {'head': -1}, '--head=-1 is not there'),
         (clusters, {'out': 'x.csv'}, '--out=.*x.csv is named as a file'),
         (features, {'out': 'feat.npy'}, '--out=.*feat.npy is named as a file'),
-        (knn, {'k': [0]}, 'k=0 neighbours'),
+        (knn, {'k': [0]}, '--k=0 neighbours'),
         (knn, {'k': [1, 10**12]}, 'k=1000000000000 neighbours'),
         (semi, {'share': float('nan')}, '--share=nan'),
         (semi, {'share': float('inf')}, '--share=inf'),

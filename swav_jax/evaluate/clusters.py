@@ -20,12 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from swav_jax import cli
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, extraction, labelled, outputs
 from swav_jax.terminal import printable
 
-_WRITTEN = r'assignments\.csv|soft\.npy|prototype_\d+\.txt'
+_WRITTEN = r'assignments\.csv|soft\.npy|prototype_(0|[1-9]\d*)\.txt'
 
 
 def assign(scores: np.ndarray) -> np.ndarray:
@@ -86,7 +87,7 @@ def write(
     scores = scores[readable]
     assignments, soft = assign(scores), soften(scores, temperature)
     names = [printable(source.name(int(i))) for i in np.flatnonzero(readable)]
-    with outputs.replacing(out, 'clusters', _WRITTEN) as folder:
+    with outputs.replacing(out, 'clusters', _WRITTEN, below=scores.shape[1]) as folder:
         with (folder / 'assignments.csv').open('w', newline='', encoding='utf-8') as file:
             table = csv.writer(file)
             table.writerow(['name', 'prototype', 'probability'])
@@ -105,11 +106,11 @@ def _main(arguments: argparse.Namespace) -> None:
     """Assign the images that the command line names and say how well that went."""
     model = command.load(arguments)
     model.need_head()
+    heads = model.config.model.head.num_clusters
+    if not 0 <= arguments.head < len(heads):
+        raise UserError(f'--head={arguments.head} is not there: use 0 to {len(heads) - 1}')
     out = outputs.folder(arguments.out)
-    outputs.check(out, 'clusters', _WRITTEN)
-    heads = len(model.config.model.head.num_clusters)
-    if not 0 <= arguments.head < heads:
-        raise UserError(f'--head={arguments.head} is not there: use 0 to {heads - 1}')
+    outputs.check(out, 'clusters', _WRITTEN, below=heads[arguments.head])
     source = model.open(arguments.source or model.config.data.source, arguments.limit)
     labelled.say(source.notes)
     found = model.extract(source, progress=True)
@@ -137,5 +138,5 @@ def main(argv: Sequence[str]) -> int:
     parser = command.parser(__doc__)
     parser.add_argument('--source', help='images (default: those the run trained on)')
     parser.add_argument('--out', required=True, help='folder for the lists')
-    parser.add_argument('--head', type=int, default=0, help='which head of prototypes')
+    parser.add_argument('--head', type=cli.integer(), default=0, help='which head of prototypes')
     return command.run(_main, parser, argv)

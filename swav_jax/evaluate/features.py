@@ -86,7 +86,10 @@ def _main(arguments: argparse.Namespace) -> None:
         return found
 
     found = save(out, source, compute)
-    for name, array in found.arrays().items():
+    arrays = found.arrays()
+    if found.labels is not None:
+        arrays['labels'] = source.label_ids()
+    for name, array in arrays.items():
         print(f'{name} {array.dtype}{list(array.shape)}')
     labelled.say(said)
     print(f'written to {printable(arguments.out)}')

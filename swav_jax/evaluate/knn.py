@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from swav_jax import cli
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, extraction, labelled
 
@@ -98,15 +99,15 @@ def neighbors(train_x: np.ndarray, test_x: np.ndarray, *, k: int) -> tuple[np.nd
     return np.concatenate(similarity), np.concatenate(index)
 
 
-def check(k: int, count: int) -> None:
-    """Make sure that `count` images can have `k` neighbours.
+def check(k: int, count: int, setting: str = 'config.evaluate.k') -> None:
+    """Make sure that `count` images can have `k` neighbours, which `setting` names.
 
     Raises:
       UserError: they cannot.
     """
     if not 1 <= k <= count:
         raise UserError(
-            f'config.evaluate.k={k} neighbours cannot be found among {count} labelled images: use '
+            f'{setting}={k} neighbours cannot be found among {count} labelled images: use '
             f'1 to {count}'
         )
 
@@ -184,8 +185,9 @@ def _main(arguments: argparse.Namespace) -> None:
     evaluate = model.config.evaluate
     train, test = labelled.open_pair(model, arguments)
     ks = sorted(arguments.k or [evaluate.k])
+    setting = '--k' if arguments.k else 'config.evaluate.k'
     for k in (ks[0], ks[-1]):
-        check(k, len(train))
+        check(k, len(train), setting)
     if arguments.features == 'embeddings':
         model.need_head()
 
@@ -195,6 +197,7 @@ def _main(arguments: argparse.Namespace) -> None:
         return getattr(found, arguments.features)[found.readable], found.labels[found.readable]
 
     (train_x, train_y), (test_x, test_y) = look(train), look(test)
+    check(ks[-1], len(train_y), setting)  # of those that can be read
     similarity, index = neighbors(train_x, test_x, k=ks[-1])
     print(f'{len(train_y):,} images vote on {len(test_y):,}; temperature {evaluate.temperature}')
     for k in ks:
@@ -211,6 +214,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__)
     labelled.add_flags(parser)
-    parser.add_argument('--k', type=int, nargs='+', help='neighbours (config.evaluate.k)')
+    parser.add_argument(
+        '--k', type=cli.integer(1), nargs='+', help='neighbours (config.evaluate.k)'
+    )
     parser.add_argument('--features', choices=('trunk', 'embeddings'), default='trunk')
     return command.run(_main, parser, argv)
