@@ -200,9 +200,9 @@ class SwAV(Method):
             use_double_precision=loss.use_double_precision,
         )
         self.remedy = (
-            f'Lower config.loss.epsilon={loss.epsilon} (as 0.03), freeze the prototypes for '
-            'longer (config.model.temp_frozen_params_iter_map), lower the learning rate '
-            '(config.optimizer.param_schedulers.lr)'
+            f'Lower config.loss.epsilon={loss.epsilon} (as {min(0.03, loss.epsilon / 2):g}), '
+            'freeze the prototypes for longer (config.model.temp_frozen_params_iter_map), lower the '
+            'learning rate (config.optimizer.param_schedulers.lr)'
         )
 
     def check(self) -> None:
