@@ -201,8 +201,8 @@ class SwAV(Method):
         )
         self.remedy = (
             f'Lower config.loss.epsilon={loss.epsilon} (as {min(0.03, loss.epsilon / 2):g}), '
-            'freeze the prototypes for longer (config.model.temp_frozen_params_iter_map), lower the '
-            'learning rate (config.optimizer.param_schedulers.lr)'
+            'freeze the prototypes for longer (config.model.temp_frozen_params_iter_map), lower '
+            'the learning rate (config.optimizer.param_schedulers.lr)'
         )
 
     def check(self) -> None:
