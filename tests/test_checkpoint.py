@@ -294,8 +294,10 @@ def run_child(directory: Path, body: str) -> subprocess.CompletedProcess:
         import jax
         sys.path[:0] = sys.argv[2:]
         from test_checkpoint import make_state
-        from swav_jax.checkpoint import Checkpoints
+        from swav_jax import cli
+        from swav_jax.runs.checkpoint import Checkpoints
         from swav_jax.errors import UserError
+        cli.quiet_libraries()
         checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
     """)
     here = Path(__file__).parent
@@ -527,7 +529,7 @@ jax.config.update('jax_cpu_collectives_implementation', 'gloo')
 jax.distributed.initialize(f'localhost:{sys.argv[2]}', 2, rank)
 from jax.experimental import multihost_utils
 from test_checkpoint import assert_mine, damage, data_file, make_state
-from swav_jax.checkpoint import Checkpoints
+from swav_jax.runs.checkpoint import Checkpoints
 
 directory = Path(sys.argv[3])
 checkpoints = Checkpoints(directory, keep=2)
