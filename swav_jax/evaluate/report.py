@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
