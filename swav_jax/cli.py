@@ -124,6 +124,16 @@ def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], 
     return parse
 
 
+def positive(most: float = math.inf) -> Callable[[str], float]:
+    """The type of a flag that is a finite number above 0."""
+
+    def parse(text: str) -> float:
+        allowed = 'a number above 0' + f', to {most:g}' * (most < math.inf)
+        return _checked(float, text, lambda x: math.isfinite(x) and 0 < x <= most, allowed)
+
+    return parse
+
+
 def boolean(text: str) -> bool:
     """The type of a flag that may have a value, true or false."""
     return _checked(lambda t: BOOLEANS[t.lower()], text, lambda _: True, 'true or false')

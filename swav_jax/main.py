@@ -87,6 +87,7 @@ def _main(argv: Sequence[str]) -> int:
     keep_freed_memory()
     cli.go_on_without_output()
     with Signals() as signals:  # before JAX starts threads, to which signals would go instead
+        # Late, so that --help and mistakes answer at once.
         from swav_jax.cpu import xla_settings
 
         xla_settings.set_defaults()

@@ -276,19 +276,21 @@ COMMANDS = {
     'swav_jax.evaluate.semi': (
         [],
         {
-            '--epochs': ['nan', '0', '1.5'],
+            '--epochs': ['nan', '0', '-3', '1.5'],
             '--batch_size': ['nan', '0', '1.5'],
-            '--share': ['nan', '-1', '1.1'],
-            '--learning_rate': ['nan', '-1'],
-            '--trunk_learning_rate': ['nan', '-1'],
+            '--share': ['nan', 'inf', '-1', '0', '1.1'],
+            '--learning_rate': ['nan', 'inf', '-1', '0'],
+            '--trunk_learning_rate': ['nan', 'inf', '-1', '0'],
             '--seed': ['nan', '-1', str(2**32)],
         },
     ),
+    'swav_jax.evaluate.linear': ([], {'--c': ['nan', 'inf', '-1', '0']}),
 }
 NEEDED = {
     'swav_jax.main': ['--workdir={run}'],
     'swav_jax.export': ['--out={new}', '--workdir={run}'],
     'swav_jax.evaluate.knn': ['--workdir={run}'],
+    'swav_jax.evaluate.linear': ['--workdir={run}'],
     'swav_jax.evaluate.semi': ['--workdir={run}'],
 }
 SPECS = [

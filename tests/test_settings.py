@@ -3,6 +3,7 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
@@ -425,7 +426,9 @@ def test_sound_schedules_stay_valid():
             config.optimizer.param_schedulers.lr = lr
         settings.validate(config)
         sizes = settings.sizes(config, num_images=100_000, num_replicas=1)
-        make_schedule(config, sizes)
+        rates = jax.vmap(make_schedule(config, sizes))(jnp.arange(sizes.total_steps))
+        assert jnp.isfinite(rates).all() and rates.min() >= 0
+        assert (rates.max() > 0) == (lr['name'] != 'constant')
 
 
 class Odd:
@@ -485,7 +488,7 @@ def test_harmless_variants_stay_valid():
     config.model.head.num_clusters = [300, 30]
     config.model.temp_frozen_params_iter_map = [['head/prototypes0', 0]]
     settings.validate(config)
-    models.build(config.model)
+    assert models.build(config.model).head.num_clusters == (300, 30)
     config.data.source = ''
     settings.validate(config)
     config.optimizer.param_schedulers.lr = LINEAR

@@ -12,7 +12,6 @@ if __name__ == '__main__':  # before the imports: TensorFlow reads its settings 
 
     commands.run('replay')
 
-import errno
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from swav_jax import cli
 from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
 from swav_jax.data.images import Source
+from swav_jax.data.regular import open_regular
 from swav_jax.errors import UserError
 from swav_jax.evaluate.model import restore_config
 from swav_jax.parallel import mesh as meshes
@@ -123,10 +123,8 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
     """
     path = folder / 'arrays.npz'
     try:
-        if not path.is_file():  # numpy would wait for what comes through a named pipe
-            raise FileNotFoundError(errno.ENOENT, 'it is missing, or no file')
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
+            arrays = dict(content)
         numbers = all(x.dtype.kind in 'biuf' for x in arrays.values())
         if numbers and {'index', 'weight'} <= arrays.keys():
             return arrays

@@ -218,7 +218,7 @@ def value_of(parts: Mapping | ConfigDict, part: Any, name: str) -> Any:
     """What a section `name` holds under `part`, which ConfigDict may have to compute.
 
     Raises:
-      UserError: that fails, as of a placeholder that nothing was put in.
+      UserError: that fails, as of a reference to a value that was never set.
     """
     try:
         return parts[part]

@@ -3,8 +3,8 @@
 Classes are matched by name. The classes are those that have images to learn from. A test image of
 another class could never be classified right, nor one of a class of which no image to learn from
 can be read, and one of an unknown class never be judged: all are left out, and the notes say how
-many. Where one side has names and the other only ids, as in a
-list of paths and numbers, the ids are places in the other's list of classes.
+many. Where one side has names and the other only ids, as in a list of paths and numbers, the ids
+are places in the other's list of classes.
 """
 
 import argparse

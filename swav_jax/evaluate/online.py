@@ -4,6 +4,7 @@ An evaluation is a class like `KNN` and its name in `EVALUATIONS`. What it measu
 events.jsonl, to summary.json and to the report, which take the names from it.
 """
 
+import abc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ class Seen:
     test: extraction.Features
 
 
-class Evaluation:
+class Evaluation(abc.ABC):
     """One way to judge a network, opened once for a run.
 
     Attributes:
@@ -71,9 +72,9 @@ class Evaluation:
     def __init__(self, config: ConfigDict, pair: labelled.Pair):
         self.config = config
 
+    @abc.abstractmethod
     def run(self, seen: Seen) -> Results:
         """The numbers by their names."""
-        raise NotImplementedError
 
 
 class KNN(Evaluation):

@@ -26,7 +26,6 @@ import numpy as np
 
 from swav_jax import cli
 from swav_jax.data.images import Source
-from swav_jax.errors import UserError
 from swav_jax.evaluate import command, labelled, linear
 from swav_jax.evaluate.classifier import Recipe
 
@@ -49,8 +48,6 @@ def take_share(source: Source, share: float) -> Source:
 
 def _main(arguments: argparse.Namespace) -> None:
     """Fine-tune and test as the command line says."""
-    if not 0 < arguments.share <= 1:
-        raise UserError(f'--share={arguments.share} must be above 0 and at most 1')
     model = command.load(arguments)
     train, test = labelled.open_pair(model, arguments)
     train = take_share(train, arguments.share)
@@ -74,9 +71,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command line that the module's docstring explains; returns the exit code."""
     parser = command.parser(__doc__)
     linear.add_flags(parser)
-    parser.add_argument(
-        '--share', type=cli.number(0, 1), default=0.1, help='of the labelled images'
-    )
+    parser.add_argument('--share', type=cli.positive(1), default=0.1, help='of the labelled images')
     parser.add_argument('--preset', choices=tuple(PRESETS), help='(default: by --share)')
-    parser.add_argument('--trunk_learning_rate', type=cli.number(0))
+    parser.add_argument('--trunk_learning_rate', type=cli.positive())
     return command.run(_main, parser, argv)

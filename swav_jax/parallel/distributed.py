@@ -182,12 +182,15 @@ class Barriers:
             return
         if self._apart:
             raise ApartError
-        number = f'swav_jax/{self._name}/{next(self._numbers)}'
-        client.key_value_set(f'{number}/{jax.process_index()}', key)
+        here = next(self._numbers)
+        number, me = f'swav_jax/{self._name}/{here}', jax.process_index()
+        client.key_value_set(f'{number}/{me}', key)
         client.wait_at_barrier(number, timeout_ms)
         if len({where for _, where in client.key_value_dir_get(number)}) > 1:
             self._apart = True
             raise ApartError
+        if here:  # all have left the one before
+            client.key_value_delete(f'swav_jax/{self._name}/{here - 1}/{me}')
 
 
 def _raise_first(problems: list[str]) -> None:

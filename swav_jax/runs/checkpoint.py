@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import threading
 import time
@@ -32,22 +31,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from swav_jax.data.regular import open_regular
 from swav_jax.errors import SaidElsewhereError, UserError
-from swav_jax.parallel.distributed import ApartError, Barriers
-from swav_jax.runs import digest
+from swav_jax.parallel import distributed
+from swav_jax.runs import digest, refusals
 from swav_jax.terminal import printable
-
-_NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-# What keeps a process from a file, whatever the file holds.
-_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
-# What else a file system answers to a writer.
-_REFUSED = (
-    *_NO_ACCESS, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTEMPTY,
-)  # fmt: skip
 
 # Orbax looks for files by patterns (`*`, `[1]`), TensorStore takes paths for URLs and text (`gs:/`,
 # a backslash, bytes that are no UTF-8): a path of other characters is given to them as a link.
@@ -364,9 +354,7 @@ class Checkpoints:
 
         for folder, _, names in os.walk(self._path(step), onerror=refuse):
             for path in (Path(folder, name) for name in names):
-                if not stat.S_ISREG(path.stat().st_mode):
-                    raise ValueError(f'{path.name} is no file')
-                path.open('rb').close()
+                open_regular(path).close()
 
     def _content(self, step: int) -> dict:
         self._check_files(step)
@@ -428,9 +416,9 @@ class Checkpoints:
             raise
         except Exception as error:  # a damaged file fails in as many ways as it has bytes
             problem, kind = _first_line(error), _DAMAGED
-            if refused := _refusal(error, _NO_ACCESS):
+            if refused := refusals.find(error, refusals.NO_ACCESS):
                 problem, kind = refused, _KEPT_AWAY
-        worst = _largest(kind)
+        worst = distributed.largest(kind)
         if worst == _KEPT_AWAY:
             raise UserError(
                 f'{printable(self._path(step))} cannot be read '
@@ -488,7 +476,7 @@ class Checkpoints:
                     create=False,
                     # A process would wait for folders that another one cannot make.
                     async_options=ocp.AsyncOptions(
-                        barrier_sync_fn=Barriers('checkpoints'),
+                        barrier_sync_fn=distributed.Barriers('checkpoints'),
                         create_directories_asynchronously=False,
                     ),
                 ),
@@ -525,15 +513,15 @@ class Checkpoints:
                     f'{self._shown} is gone: it was moved or deleted while the run went on, or is '
                     'no folder. Put it back, then start again'
                 ) from error
-            if reason := _refusal(error, _NO_SPACE):
+            if reason := refusals.find(error, refusals.NO_SPACE):
                 raise UserError(self._no_space(reason)) from error
-            if reason := _refusal(error, _REFUSED) or _status(error):
+            if reason := refusals.find(error, refusals.OF_WRITERS) or refusals.status(error):
                 raise UserError(
                     f'no checkpoint can be written into {self._shown}, or no old one removed '
                     f'({reason}): give it and what it holds to the user who runs this, or name '
                     'another --workdir'
                 ) from error
-            if isinstance(error, ApartError):
+            if isinstance(error, distributed.ApartError):
                 raise UserError(
                     f'another process could not write its part of a checkpoint into {self._shown}: '
                     'see what it says, then start all of them again'
@@ -585,28 +573,6 @@ def _size_on_disk(folder: Path) -> int:
     return sum(path.lstat().st_blocks * 512 for path in folder.rglob('*'))
 
 
-def _refusal(error: BaseException | None, codes: Collection[int]) -> str | None:
-    """The file system's refusal that an exception, or what caused it, tells of; None without one.
-
-    TensorStore tells it in the text of other exceptions.
-    """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in codes:
-            where = f'{printable(os.fsdecode(error.filename))}: ' if error.filename else ''
-            return where + os.strerror(error.errno)
-        for code in codes:
-            if os.strerror(code) in str(error):
-                return os.strerror(code)
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _status(error: BaseException) -> str | None:
-    """TensorStore's own word for a file that is not there or cannot be used."""
-    found = re.match('NOT_FOUND|PERMISSION_DENIED|DATA_LOSS|FAILED_PRECONDITION', str(error))
-    return found and found[0]
-
-
 def _first_line(error: Exception) -> str:
     text = f'it lacks {error}' if isinstance(error, KeyError) else str(error)
     return printable(text.strip().partition('\n')[0][:120]) or type(error).__name__
@@ -615,16 +581,9 @@ def _first_line(error: Exception) -> str:
 _SOUND, _DAMAGED, _KEPT_AWAY = range(3)
 
 
-def _largest(number: int) -> int:
-    """The largest of all processes' numbers."""
-    if jax.process_count() == 1:
-        return number
-    return int(np.max(multihost_utils.process_allgather(np.array(number))))
-
-
 def _on_all_processes(condition: bool) -> bool:
     """Whether it holds on all of them."""
-    return not _largest(int(not condition))
+    return not distributed.largest(int(not condition))
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:

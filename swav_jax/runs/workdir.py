@@ -18,10 +18,10 @@ from ml_collections import ConfigDict
 from swav_jax import atomic
 from swav_jax import config as settings
 from swav_jax.errors import UserError, os_error_line
+from swav_jax.runs.refusals import NO_SPACE
 from swav_jax.runs.rows import put_aside_if_no_json
 from swav_jax.terminal import printable
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST_NAME = 300  # bytes of the longest path below the folder
 # What a run itself writes into its folder, whole or not at all.
 _OWN = re.compile(
@@ -66,7 +66,7 @@ def explained(workdir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         path = error.filename
-        if error.errno in _NO_SPACE or (
+        if error.errno in NO_SPACE or (
             isinstance(path, str | bytes | os.PathLike)
             and Path(os.fsdecode(path)).is_relative_to(workdir)
         ):
@@ -83,7 +83,7 @@ def explanation(error: OSError, workdir: Path) -> UserError:
             f'--workdir={shown} is gone: it was moved or deleted while the run went on. Put it '
             'back and start the same command again, or name another folder'
         )
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return UserError(
             f'no space for {path} ({error.strerror}): make room, then start the same command '
             'again; the run goes on from its last checkpoint'

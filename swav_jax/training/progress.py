@@ -53,10 +53,10 @@ class Progress:
 
     def request(self) -> int:
         """The same, or SAVE where a checkpoint is due by the clock, which is that of process 0."""
-        minutes = self._setup.config.checkpoint.every_minutes
-        waited = time.monotonic() - self._last_save
-        if not self.wanted() and minutes and jax.process_index() == 0 and waited > 60 * minutes:
-            self._last_save = time.monotonic()
+        minutes, now = self._setup.config.checkpoint.every_minutes, time.monotonic()
+        due = minutes and jax.process_index() == 0 and now - self._last_save > 60 * minutes
+        if due and not self.wanted():
+            self._last_save = now
             return SAVE
         return self.wanted()
 
