@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from swav_jax.config import default
-from swav_jax.config.validation import WIDEST
+from swav_jax.config.settings import WIDEST
 from swav_jax.errors import UserError
 from swav_jax.models import regnet
 from swav_jax.models.conv import Conv

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from swav_jax.config.validation import WIDEST
+from swav_jax.config.settings import WIDEST
 from swav_jax.errors import UserError
 from swav_jax.models.relu import relu
 from swav_jax.models.remat import run_stage

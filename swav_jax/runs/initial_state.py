@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from swav_jax import config as settings
 from swav_jax import methods, models, optim, torch_weights
-from swav_jax.config.schedule_checks import check_schedule
+from swav_jax.config.schedules import Schedule
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
 from swav_jax.precision import COMPUTE_DTYPES, LossScale
@@ -25,7 +25,7 @@ def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
       UserError: a part of the schedule cannot work.
     """
     lr = config.optimizer.param_schedulers.lr
-    check_schedule(lr, 'config.optimizer.param_schedulers.lr')
+    Schedule().check('config.optimizer.param_schedulers.lr', lr)
     return optim.learning_rate(
         lr,
         batch_size=sizes.batch_size,
