@@ -110,15 +110,21 @@ def test_training_in_float32_departs_no_further_than_pytorchs_own(tmp_path):
 
 @pytest.mark.parametrize('changes', [{}, {'loss.queue.queue_length': 32}])
 def test_devices_share_one_training(changes):
-    """A plain port of pmap doubles the gradient on two devices, and nothing else shows it."""
+    """A plain port of pmap doubles the gradient on two devices, and nothing else shows it.
+
+    Images of weight 0 are spread unevenly, so a mean that each device takes of its own images
+    differs, too.
+    """
     c = small_config(**changes)
+    weights = np.ones((4, 16), np.float32)
+    weights[1, [0, 1, 2, 9]] = weights[2, 8:10] = weights[3, 15] = 0
     losses, norms = [], []
     for devices in (1, 2, 8):
         layout, net, tx, state = start(c, devices, queue_batches=2 if changes else 0)
         update = make_update(c, layout, net, tx)
         path = []
         for t in range(4):
-            state, metrics = update(state, random_crops(c, t), np.ones(16, np.float32))
+            state, metrics = update(state, random_crops(c, t), weights[t])
             path.append(metrics['loss'])
         losses.append(path)
         norms.append(optax.tree.norm(state.params))
@@ -126,18 +132,34 @@ def test_devices_share_one_training(changes):
     np.testing.assert_allclose(norms[1:], norms[0], rtol=1e-5)
 
 
-def test_an_image_of_weight_0_changes_no_code_or_prediction():
-    """Only BatchNorm still sees it: without BatchNorm the loss is that of the other images."""
-    c = small_config(**{'model.head.use_bn': False})
-    weights = np.array([1.0] * 12 + [0.0] * 4, np.float32)
-    losses = []
-    for devices in (1, 4):  # on four, the last one holds no image that counts
+@pytest.mark.parametrize('copies', [np.arange(8, 16), np.arange(0, 16, 2)], ids=['last', 'mixed'])
+def test_images_of_weight_0_count_for_nothing(copies):
+    """A step of eight images and their copies, of weight 0, is the step of the eight images.
+
+    Copies leave BatchNorm's mean and variance as they are.
+    """
+    c = small_config()
+    images = random_crops(c, 0, batch=8)
+    layout, net, tx, state = start(c, 1)
+    expected, metrics = make_update(c, layout, net, tx)(state, images, np.ones(8, np.float32))
+    losses = [metrics['loss']]
+    weights = np.ones(16, np.float32)
+    weights[copies] = 0
+    place = np.empty(16, int)
+    place[weights > 0] = place[copies] = np.arange(8)
+    for devices in (1, 4):
         layout, net, tx, state = start(c, devices)
-        update = make_update(c, layout, net, tx)
-        _, metrics = update(state, random_crops(c, 0), weights)
+        found, metrics = make_update(c, layout, net, tx)(
+            state, [x[:, place] for x in images], weights
+        )
         losses.append(metrics['loss'])
-        assert metrics['bad_images'] == 4
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+        assert metrics['bad_images'] == 8
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+            jax.device_get(found.params),
+            jax.device_get(expected.params),
+        )
+    np.testing.assert_allclose(losses[1:], losses[0], rtol=1e-5)
 
 
 def test_queue_fills_from_start_iter_and_keeps_embeddings():
