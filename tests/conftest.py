@@ -9,7 +9,6 @@ os.environ['XLA_FLAGS'] = (
 )
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 
-import jax
 import pytest
 import torchvision  # noqa: F401 (first: it crashes the process when TensorFlow came before it)
 from jaxtyping import install_import_hook
@@ -39,12 +38,3 @@ def quiet_libraries():
     from swav_jax import cli
 
     cli.quiet_libraries()
-
-
-def pytest_collection_modifyitems(items):
-    """Skip `gpu` tests where there is none."""
-    if jax.default_backend() == 'gpu':
-        return
-    for item in items:
-        if 'gpu' in item.keywords:
-            item.add_marker(pytest.mark.skip(reason='needs a GPU'))

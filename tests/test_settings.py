@@ -1,12 +1,14 @@
 """Settings that cannot work: each is one line with the setting's full name, at once."""
 
 import math
+import runpy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict, FrozenConfigDict, config_dict
+from processes import ROOT
 
 from swav_jax import config as settings
 from swav_jax import models, training
@@ -87,6 +89,12 @@ def test_every_default_is_allowed_and_every_setting_is_explained():
     for path, setting in SETTINGS.items():
         setting.kind.check(path, setting.default)
         assert setting.about and setting.kind.words, path
+
+
+def test_the_page_of_settings_is_current():
+    page = runpy.run_path(str(ROOT / 'scripts' / 'settings_page.py'))['page']()
+    written = (ROOT / 'docs' / 'settings.md').read_text()
+    assert written == page, 'run python scripts/settings_page.py > docs/settings.md'
 
 
 def test_every_seed_that_is_allowed_makes_other_weights():
