@@ -10,8 +10,8 @@ from swav_jax.config.settings import SETTINGS
 
 INTRODUCTION = """# Settings
 
-All settings of a run, by the sections of its config; `--config.SETTING=VALUE` sets one. The defaults are
-VISSL's recipe for ResNet-50. This page is written by `python scripts/settings_page.py`.
+All settings of a run, by the sections of its config. `--config.SETTING=VALUE` sets one. The
+defaults are VISSL's recipe for ResNet-50. `python scripts/settings_page.py` writes this page.
 """
 
 
