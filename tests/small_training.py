@@ -55,8 +55,8 @@ def start(c, devices, *, rate=0.1, dtype=jnp.float32, queue_batches=0, batch=16)
     plain = build(c, dtype=dtype)
     crops = [jnp.zeros((2, s, s, 3), dtype) for s in c.data.size_crops]
     variables = jax.jit(lambda: plain.init(jax.random.key(0), crops, train=True))()
-    sizes = SimpleNamespace(queue_batches=queue_batches, batch_size=batch)
-    method = methods.make(c)
+    c.loss.queue.queue_length = queue_batches * batch
+    method, sizes = methods.make(c), SimpleNamespace(batch_size=batch)
     params, own = method.init(variables['params'], variables['batch_stats'], sizes)
     tx = optim.make_optimizer(c.optimizer, rate, dict(c.model.temp_frozen_params_iter_map), params)
     state = step.TrainState(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from swav_jax import config as settings
-from swav_jax import models, optim
+from swav_jax import methods, models, optim
 from swav_jax.commands import traced
 from swav_jax.config import recipes
 from swav_jax.errors import UserError
@@ -111,7 +111,8 @@ def test_settings_are_vissls(name):
     assert config.model.head.use_bn == use_bn
     sized = zip(config.data.num_crops, config.data.size_crops, strict=True)
     assert '+'.join(f'{count}x{size}' for count, size in sized) == crops
-    assert (config.data.batchsize_per_replica, sizes.queue_length) == (batch, queue)
+    assert config.data.batchsize_per_replica == batch
+    assert methods.make(config).queue_batches(sizes) * sizes.batch_size == queue
     rate = jax.vmap(learning_rate(config, sizes))(np.linspace(0, sizes.total_steps - 1, 2001))
     np.testing.assert_allclose(rate.max(), peak, rtol=2e-3)
     models.build(config.model)

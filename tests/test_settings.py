@@ -11,7 +11,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_dict
 from processes import ROOT
 
 from swav_jax import config as settings
-from swav_jax import models, training
+from swav_jax import methods, models, training
 from swav_jax.config.schedules import Schedule
 from swav_jax.config.settings import SETTINGS
 from swav_jax.errors import UserError
@@ -45,7 +45,10 @@ def refusal(config):
     """The line that refuses a config, where a plan or a run would."""
     with pytest.raises(UserError) as caught:
         settings.validate(config)
+        method = methods.make(config)
+        method.check()
         sizes = settings.sizes(config, num_images=100_000, num_replicas=1)
+        method.check_run(sizes)
         make_schedule(config, sizes)
         models.build(config.model, channels=config.data.channels)
     line = str(caught.value)

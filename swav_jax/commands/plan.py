@@ -18,7 +18,6 @@ from swav_jax.parallel import mesh as meshes
 from swav_jax.runs.initial_state import make_schedule, make_state
 from swav_jax.state import TrainState
 from swav_jax.step import make_train_step
-from swav_jax.training.setup import check_float64
 
 IMAGENET = 1_281_167  # images of the training set
 # JPEGs of 500×375 that one core decodes onto a canvas of 512² in a second, with the boxes.
@@ -57,7 +56,7 @@ def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
       UserError: a setting cannot work.
     """
     settings.validate(config)
-    check_float64(config)
+    methods.make(config).check()
     replicas = replicas or jax.device_count()
     num_images, said = count_images(config)
     local = min(replicas, DEVICES_PER_PROCESS)

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 
-from swav_jax import atomic, augment, cli
+from swav_jax import atomic, augment, cli, methods
 from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
 from swav_jax.errors import UserError
@@ -65,6 +65,7 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
       UserError: a setting or the data cannot work, or `path` cannot be written.
     """
     settings.validate(config)
+    methods.make(config).check()
     data = config.data
     source = sources.open_source(data.source, limit=data.limit, channels=data.channels)
     images = min(images, len(source))

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from swav_jax import cli
+from swav_jax import cli, methods
 from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
 from swav_jax.data.images import Source
@@ -47,6 +47,7 @@ def replay(folder: Path) -> dict[str, float]:
     arrays = read_arrays(folder)
     config = restore_config(about['config'])
     settings.validate(config)
+    methods.make(config).check()
     mesh = meshes.make_mesh(config.model.sync_bn)
     source = sources.open_source(
         config.data.source, limit=config.data.limit, channels=config.data.channels

@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from swav_jax import config as settings
-from swav_jax import models, torch_weights
+from swav_jax import methods, models, torch_weights
 from swav_jax.config.file import override
 from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
@@ -134,6 +134,7 @@ def load(
     checkpoints.close()
     config = override(restore_config(metadata['config']), changes)
     settings.validate(config)
+    methods.make(config).check()
     net = _build(config)
     if changes:
         _check_fits(net, variables, config, step)
@@ -149,6 +150,7 @@ def load_weights(path: str | Path, config: ConfigDict) -> Model:
         weights are not finite.
     """
     settings.validate(config)
+    methods.make(config).check()
     net = _build(config)
     shapes = _shapes(net, config)
     # What the file does not fill stays NaN, so that nothing random passes for a result.

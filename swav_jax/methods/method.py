@@ -47,9 +47,11 @@ class Method(abc.ABC):
       config: the run's settings.
 
     Attributes:
+      fixed: settings that give the method's state its meaning, as 'loss.queue'. A run keeps them.
       remedy: what helps against a collapse, as an imperative with the settings' names.
     """
 
+    fixed: tuple[str, ...] = ()
     remedy: str
 
     @abc.abstractmethod
@@ -57,10 +59,21 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Refuse settings that cannot work, beyond what `config.validate` looks at.
+        """Check the method's settings; every command calls it after `config.validate`.
 
         Raises:
-          UserError: it names one of them.
+          UserError: naming a setting that cannot work.
+        """
+
+    @abc.abstractmethod
+    def check_run(self, sizes: Any) -> None:
+        """Check what training needs beyond sound settings: the size of the batch, float64.
+
+        Args:
+          sizes: the run's numbers, `config.Sizes`.
+
+        Raises:
+          UserError: naming a setting that cannot work.
         """
 
     @abc.abstractmethod

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from swav_jax.errors import UserError, refusal
 from swav_jax.methods.health import health
 from swav_jax.methods.method import Batch, Learned, Method, Network, Outputs
 from swav_jax.methods.sinkhorn import harden, sinkhorn_codes
@@ -189,6 +190,13 @@ class State(NamedTuple):
 class SwAV(Method):
     """SwAV as a run's settings describe it; see `Method`."""
 
+    fixed = (
+        'loss.crops_for_assign',
+        'loss.queue',
+        'loss.normalize_last_layer',
+        'loss.temp_hard_assignment_iters',
+    )
+
     def __init__(self, config: Any):
         self._config, loss = config, config.loss
         self._settings = SwAVSettings(
@@ -206,18 +214,48 @@ class SwAV(Method):
         )
 
     def check(self) -> None:
-        """float64 is asked for only where JAX has it."""
+        """Codes are predicted from other crops, and belong to crops that exist."""
+        counts, assigned = self._config.data.num_crops, self._settings.crops_for_assign
+        total = sum(counts)
+        if total < 2:
+            raise UserError(
+                f'config.data.num_crops={tuple(counts)} makes one crop: SwAV predicts codes of a '
+                'crop from another one, use at least 2'
+            )
+        if (
+            not assigned
+            or len(set(assigned)) < len(assigned)
+            or not set(assigned) <= set(range(total))
+        ):
+            raise refusal(
+                'config.loss.crops_for_assign',
+                assigned,
+                f'different indices of the {total} crops, from 0 to {total - 1}, at least one',
+            )
+
+    def check_run(self, sizes: Any) -> None:
+        """A queue holds at least one batch; float64 is enabled where it is asked for."""
+        length = self._config.loss.queue.queue_length
+        if 0 < length < sizes.batch_size:
+            raise UserError(
+                f'config.loss.queue.queue_length={length} is less than the global batch of '
+                f'{sizes.batch_size}: use a multiple of it, or 0 for no queue'
+            )
         if self._settings.use_double_precision:
             need_float64('loss.use_double_precision')
 
+    def queue_batches(self, sizes: Any) -> int:
+        """How many global batches the queue holds: whole ones only."""
+        return self._config.loss.queue.queue_length // sizes.batch_size
+
     def init(self, params: Any, batch_stats: Any, sizes: Any) -> tuple[Any, State]:
         """Prototypes of length 1, and an empty queue."""
-        queue = None
-        if sizes.queue_batches:
+        queue, batches = None, self.queue_batches(sizes)
+        if batches:
             kernel = params['head']['prototypes0']['kernel']
             queue = Queue.empty(
                 len(self._settings.crops_for_assign),
-                sizes.queue_batches,
+                batches,
                 sizes.batch_size,
                 kernel.shape[0],
                 kernel.dtype,
@@ -279,13 +317,14 @@ class SwAV(Method):
 
     def plan(self, sizes: Any) -> Iterator[tuple[str, str]]:
         """The queue."""
-        if sizes.queue_batches:
-            yield 'queue', f'{sizes.queue_length:,} images, {sizes.queue_batches} batches'
+        if batches := self.queue_batches(sizes):
+            yield 'queue', f'{batches * sizes.batch_size:,} images, {batches} batches'
 
     def warnings(self, sizes: Any) -> Iterator[str]:
         """Too few samples for the prototypes, or a queue that the run ends before."""
         prototypes, batch = max(self._config.model.head.num_clusters), sizes.batch_size
-        samples = batch + sizes.queue_length
+        batches = self.queue_batches(sizes)
+        samples = batch * (1 + batches)
         if samples < prototypes:
             queue = math.ceil((prototypes - batch) / batch) * batch
             yield (
@@ -293,8 +332,8 @@ class SwAV(Method):
                 f'need as many: set config.loss.queue.queue_length={queue} with a late start_iter, '
                 'use more devices or fewer config.model.head.num_clusters'
             )
-        full = self._config.loss.queue.start_iter + sizes.queue_batches
-        if sizes.queue_batches and full >= sizes.last_step:
+        full = self._config.loss.queue.start_iter + batches
+        if batches and full >= sizes.last_step:
             yield (
                 f'the queue is full after step {full:,}, the run ends after {sizes.last_step:,}: '
                 'lower config.loss.queue.start_iter or queue_length'
@@ -303,8 +342,9 @@ class SwAV(Method):
     def notes(self, sizes: Any) -> Iterator[str]:
         """A queue that is shorter than asked for."""
         asked = self._config.loss.queue.queue_length
-        if asked != sizes.queue_length:
+        held = self.queue_batches(sizes) * sizes.batch_size
+        if asked != held:
             yield (
-                f'config.loss.queue.queue_length={asked} is lowered to {sizes.queue_length}, '
+                f'config.loss.queue.queue_length={asked} is lowered to {held}, '
                 'a multiple of the batch'
             )

@@ -14,7 +14,7 @@ from swav_jax import methods, models, optim, torch_weights
 from swav_jax.config.schedules import Schedule
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
-from swav_jax.precision import COMPUTE_DTYPES, LossScale
+from swav_jax.precision import COMPUTE_DTYPES, LossScale, need_float64
 from swav_jax.state import Layout, TrainState
 
 
@@ -40,7 +40,8 @@ def make_state(
     """The network, the optimizer, and the state before the first step, with its layout.
 
     Raises:
-      UserError: the settings name no network or no parameter.
+      UserError: the settings name no network or no parameter, do not go with the size of the batch,
+        or ask for float64 where JAX would quietly compute in float32.
     """
     build = functools.partial(
         models.build,
@@ -53,6 +54,9 @@ def make_state(
         jnp.zeros((2, size, size, config.data.channels)) for size in set(config.data.size_crops)
     ]
     method, frozen = methods.make(config), dict(config.model.temp_frozen_params_iter_map)
+    method.check_run(sizes)
+    if config.precision == 'float64':
+        need_float64('precision')
 
     def initial(tx=None):
         variables = plain.init(jax.random.key(config.seed), crops, train=True)

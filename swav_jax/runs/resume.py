@@ -10,20 +10,19 @@ from ml_collections import ConfigDict
 
 import swav_jax
 from swav_jax import config as settings
+from swav_jax import methods
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.state import Layout, TrainState
 
-# A change here gives the arrays of a state another meaning (model, optimizer and its schedule, what
-# lies in the queue), makes step n read other images (order, crops), or comes too late to matter
-# (first weights, first steps). Free are how the loss is computed, distortions, precision, length,
-# logging, checkpoints and evaluation. The batch of a device is free as long as that of all devices
-# stays.
+# A change of these, or of what `Method.fixed` names, gives the arrays of a state another meaning
+# (model, optimizer and its schedule), makes step n read other images (order, crops), or comes too
+# late to matter (first weights). The rest may change: loss, distortions, precision, length, logs,
+# checkpoints, evaluation, and the batch of a device as long as the global batch stays.
 FIXED = (
     'global_batch', 'seed', 'init_from', 'init_allow_partial', 'data', 'model', 'optimizer',
-    'loss.crops_for_assign', 'loss.queue', 'loss.normalize_last_layer',
-    'loss.temp_hard_assignment_iters', 'train.per_crop_pass',
+    'train.per_crop_pass',
 )  # fmt: skip
 FREE = ('data.batchsize_per_replica', 'data.max_bad_fraction', 'model.remat')
 AT_START = ('init_from', 'init_allow_partial')  # and never again, also with --force
@@ -74,9 +73,10 @@ def check_config(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     Raises:
       UserError: it names each setting that differs, with its old and its new value.
     """
+    fixed = FIXED + methods.make(ConfigDict(now['config'])).fixed
     changed = [
         f'{"" if name == "global_batch" else "config."}{name} {old!r} → {new!r}'
-        for name, old, new in _changes(now, saved, FIXED)
+        for name, old, new in _changes(now, saved, fixed)
         if not _is(name, FREE)
     ]
     if 'images' in saved and not _changes(now, saved, ('data.source', 'data.limit')):

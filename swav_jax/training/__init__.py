@@ -6,13 +6,14 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
+from swav_jax import methods
 from swav_jax.evaluate.online import Results
 from swav_jax.parallel import distributed
 from swav_jax.runs.nan_skip import SkipBatches
 from swav_jax.runs.signals import Signals
 from swav_jax.runs.workdir import explained, locked, open_workdir
 from swav_jax.training.loop import train
-from swav_jax.training.setup import check_float64, set_up
+from swav_jax.training.setup import set_up
 
 
 def run(
@@ -46,10 +47,10 @@ def run(
     """
     with distributed.failing_together():
         settings.validate(config)
+        methods.make(config).check()
     distributed.check_same_settings(config)
     with contextlib.ExitStack() as stack:
         with distributed.failing_together():
-            check_float64(config)
             workdir = open_workdir(workdir)
             stack.enter_context(explained(workdir))
             stack.enter_context(locked(workdir))

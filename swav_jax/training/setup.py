@@ -16,7 +16,6 @@ from swav_jax.data import pipeline, sources
 from swav_jax.evaluate.online import OnlineEvaluation
 from swav_jax.parallel import distributed
 from swav_jax.parallel import mesh as meshes
-from swav_jax.precision import need_float64
 from swav_jax.runs import resume
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.runs.initial_state import make_schedule, make_state, start_from
@@ -151,17 +150,6 @@ def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | N
         skips=max(len(notes['left_out']), skip.count if skip else 0),
         said=said,
     )
-
-
-def check_float64(config: ConfigDict) -> None:
-    """Refuse settings that ask for float64 where JAX would quietly compute in float32.
-
-    Raises:
-      UserError: float64 is not enabled.
-    """
-    if config.precision == 'float64':
-        need_float64('precision')
-    methods.make(config).check()
 
 
 def introduce(setup: Setup, say: Callable[[str], None]) -> None:
