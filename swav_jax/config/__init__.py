@@ -42,20 +42,13 @@ class Sizes:
     steps_per_epoch: int  # whole batches only
     total_steps: int  # of the schedule: all epochs
     last_step: int  # where the run ends: total_steps, or max_steps if that is less
-    queue_batches: int  # global batches that the queue holds
-
-    @property
-    def queue_length(self) -> int:
-        """Images that the queue holds over all replicas."""
-        return self.queue_batches * self.batch_size
 
 
 def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:
     """The numbers of a run.
 
     Raises:
-      UserError: the data does not fill a batch, the queue does not hold one, or there are more
-        steps than can be counted.
+      UserError: the data does not fill a batch, or there are more steps than can be counted.
     """
     per_replica = config.data.batchsize_per_replica
     batch_size = per_replica * num_replicas
@@ -64,12 +57,6 @@ def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:
             f'config.data.batchsize_per_replica={per_replica} on {num_replicas} devices makes a '
             f'batch of {batch_size} images, but {config.data.source!r} has only {num_images}'
             f'{_limit_note(config)}: use at most {max(num_images // num_replicas, 1)}'
-        )
-    queue_length = config.loss.queue.queue_length
-    if 0 < queue_length < batch_size:
-        raise UserError(
-            f'config.loss.queue.queue_length={queue_length} is less than the global batch of '
-            f'{batch_size}: use a multiple of it, or 0 for no queue'
         )
     steps_per_epoch = num_images // batch_size
     epochs = config.optimizer.num_epochs
@@ -87,7 +74,6 @@ def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         last_step=min(config.train.max_steps or total_steps, total_steps),
-        queue_batches=queue_length // batch_size,
     )
 
 

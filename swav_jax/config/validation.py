@@ -22,7 +22,7 @@ def validate(config: Any) -> None:
       UserError: it names the first setting that cannot work, its value and what is allowed.
     """
     _WHOLE.check('config', config)
-    _check_crops(config.data, config.loss)
+    _check_crops(config.data)
     _check_memory(config.data)
     _check_channels(config.data)
     _check_model(config.model)
@@ -51,7 +51,7 @@ def _sections() -> Section:
 _WHOLE = _sections()
 
 
-def _check_crops(data: Any, loss: Any) -> None:
+def _check_crops(data: Any) -> None:
     groups, total = len(data.num_crops), sum(data.num_crops)
     if total > MOST_CROPS:
         allowed = f'at most {MOST_CROPS} crops together'
@@ -63,15 +63,6 @@ def _check_crops(data: Any, loss: Any) -> None:
     for i, (least, most) in enumerate(data.crop_scales):
         if least > most:
             raise refusal(f'config.data.crop_scales[{i}]', (least, most), 'in ascending order')
-    if total < 2:
-        raise UserError(
-            f'config.data.num_crops={data.num_crops} makes one crop: SwAV predicts codes of a crop '
-            'from another one, use at least 2'
-        )
-    assigned = loss.crops_for_assign
-    if len(set(assigned)) < len(assigned) or max(assigned) >= total:
-        allowed = f'different indices of the {total} crops, from 0 to {total - 1}'
-        raise refusal('config.loss.crops_for_assign', assigned, allowed)
 
 
 def _check_memory(data: Any) -> None:
