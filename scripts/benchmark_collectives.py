@@ -13,7 +13,7 @@ from swav_jax import config as settings
 from swav_jax.commands import plan
 from swav_jax.methods import swav
 from swav_jax.parallel.mesh import AXES, make_mesh
-from swav_jax.runs.initial_state import make_schedule
+from swav_jax.state import make_schedule
 
 
 def measure(rounds: int) -> dict[str, float | int]:

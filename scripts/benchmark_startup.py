@@ -15,7 +15,7 @@ import time
 from swav_jax import config as settings, main
 from swav_jax.commands import traced
 from swav_jax.parallel.mesh import make_mesh
-from swav_jax.runs.initial_state import make_schedule, make_state
+from swav_jax.state import make_schedule, make_state
 from swav_jax.step import make_train_step
 
 config = main.parse(['--config=configs/demo.py']).config

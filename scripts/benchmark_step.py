@@ -26,7 +26,7 @@ from swav_jax.cpu import xla_settings
 from swav_jax.cpu.host_memory import give_back_freed_memory, keep_freed_memory
 from swav_jax.parallel.mesh import AXES, make_mesh
 from swav_jax.precision import COMPUTE_DTYPES
-from swav_jax.runs.initial_state import make_schedule, make_state
+from swav_jax.state import make_schedule, make_state
 
 Figures = dict[str, float | int | str]
 

@@ -23,8 +23,8 @@ from torch_twin import Twin, twin_loss, twin_update
 from swav_jax import cli, methods, models, optim, step, torch_weights
 from swav_jax import config as settings
 from swav_jax.methods import swav
+from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import AXES, make_mesh, put
-from swav_jax.state import Layout
 
 CROPS = ((64, 2), (32, 2))  # size, number
 PROTOTYPES, HIDDEN, DIM, FROZEN_STEPS = 30, 64, 16, 2

@@ -1,26 +1,22 @@
-"""The state of a run, and how it lies on the mesh.
+"""The state of a run, and the one that it starts from."""
 
-With `config.sharding='replicated'` every device holds all of it but what the method spreads (a
-queue). With `'zero'` each holds a slice of every parameter and of what the optimizer keeps for it
-(ZeRO, Rajbhandari et al. 2020, 1910.02054): a step gathers the parameters, and hands each device
-its slice of the averaged gradient. Everything outside of the step, checkpoints included, knows
-whole arrays only.
-"""
-
-import math
+import functools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from swav_jax.parallel.mesh import AXES, REPLICATED
-from swav_jax.precision import LossScale
-
-SHARDINGS = ('replicated', 'zero')
+from swav_jax import config as settings
+from swav_jax import methods, models, optim
+from swav_jax.config.schedules import Schedule
+from swav_jax.errors import UserError
+from swav_jax.parallel import mesh as meshes
+from swav_jax.parallel.layout import Layout
+from swav_jax.precision import COMPUTE_DTYPES, LossScale, need_float64
 
 
 @flax.struct.dataclass
@@ -36,120 +32,65 @@ class TrainState:
     loss_scale: LossScale | None
 
 
-class Layout:
-    """Where the arrays of a state lie.
+def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
+    """The learning rate as a function of the step.
 
-    Args:
-      mesh: with the axes ('group', 'member'); an abstract one will do for tracing.
-      shapes: the whole state, or its shapes.
-      sharding: one of `SHARDINGS`.
-      method: how the method's state is split, see `Method.specs`.
-
-    Attributes:
-      mesh: the mesh.
-      specs: per array of a state, how it is split.
-      shardings: the same as shardings on the mesh.
+    Raises:
+      UserError: a part of the schedule cannot work.
     """
+    lr = config.optimizer.param_schedulers.lr
+    Schedule().check('config.optimizer.param_schedulers.lr', lr)
+    return optim.learning_rate(
+        lr,
+        batch_size=sizes.batch_size,
+        total_steps=sizes.total_steps,
+        steps_per_epoch=sizes.steps_per_epoch,
+    )
 
-    def __init__(self, mesh: Mesh | AbstractMesh, shapes: TrainState, sharding: str, method: Any):
-        self.mesh = mesh
-        self._zero = sharding == 'zero'
-        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
-        self.specs = jax.tree.map(lambda _: REPLICATED, shapes).replace(method=method)
-        if self._zero:
-            split = jax.tree.map(_spec, (shapes.params, shapes.opt_state))
-            self.specs = self.specs.replace(params=split[0], opt_state=split[1])
-        self.shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs)
-        whole = self.specs.replace(params=REPLICATED, opt_state=REPLICATED)
-        self._whole = jax.tree.map(lambda spec: NamedSharding(mesh, spec), whole)
-        self._spread = jax.jit(self.pad, out_shardings=self.shardings)
-        self._gather = jax.jit(self._cut, out_shardings=self._whole)
 
-    def pad(self, state: TrainState) -> TrainState:
-        """A whole state with zeros behind what the devices do not divide."""
-        if not self._zero:
-            return state
-        params, opt_state = jax.tree.map(self._pad, (state.params, state.opt_state))
-        return state.replace(params=params, opt_state=opt_state)
+def make_state(
+    config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: Mesh
+) -> tuple[models.SwAVNet, optax.GradientTransformation, Layout, TrainState]:
+    """The network, the optimizer, and the state before the first step, with its layout.
 
-    def spread(self, state: TrainState) -> TrainState:
-        """A whole state, laid over the mesh."""
-        return self._spread(state)
+    Raises:
+      UserError: the settings name no network or no parameter, do not go with the size of the batch,
+        or ask for float64 where JAX would quietly compute in float32.
+    """
+    build = functools.partial(
+        models.build,
+        config.model,
+        channels=config.data.channels,
+        dtype=COMPUTE_DTYPES[config.precision],
+    )
+    plain = build()
+    crops = [
+        jnp.zeros((2, size, size, config.data.channels)) for size in set(config.data.size_crops)
+    ]
+    method, frozen = methods.make(config), dict(config.model.temp_frozen_params_iter_map)
+    method.check_run(sizes)
+    if config.precision == 'float64':
+        need_float64('precision')
 
-    def gather(self, state: TrainState) -> TrainState:
-        """The whole state, its parameters and what the optimizer keeps on every device."""
-        return self._gather(state) if self._zero else state
-
-    def whole(self) -> TrainState:
-        """Shapes and shardings of what `gather` returns."""
-        shardings = jax.tree.broadcast(self._whole, self._shapes)
-        return jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            self._shapes,
-            shardings,
+    def initial(tx=None):
+        variables = plain.init(jax.random.key(config.seed), crops, train=True)
+        params, own = method.init(variables['params'], variables['batch_stats'], sizes)
+        return TrainState(
+            step=jnp.int32(0),
+            failed=jnp.array(False),
+            params=params,
+            batch_stats=variables['batch_stats'],
+            opt_state=tx and tx.init(params),
+            method=own,
+            loss_scale=LossScale.initial(config.precision),
         )
 
-    def own(self, params: Any) -> Any:
-        """Inside `shard_map`: the whole parameters, as each replica's own.
-
-        The gradient by them is that of the replica's own loss. Without the cast `shard_map` would
-        sum gradients itself, in the compute dtype.
-        """
-        if not self._zero:
-            return lax.pcast(params, AXES, to='varying')
-
-        def gather(x, whole):
-            if not whole.shape:
-                return lax.pcast(x, AXES, to='varying')
-            axis = _split_axis(whole.shape)
-            full = lax.all_gather(x, AXES, axis=axis, tiled=True)
-            return lax.slice_in_dim(full, 0, whole.shape[axis], axis=axis)
-
-        return jax.tree.map(gather, params, self._shapes.params)
-
-    def average(self, grads: Any) -> Any:
-        """Inside `shard_map`: the mean over replicas of whole gradients; 'zero': this one's slice.
-
-        float32 gradients are averaged in float32: one all-reduce, or as many bytes of
-        reduce-scatter.
-        """
-
-        def scatter(g):
-            if not g.shape:
-                return lax.pmean(g, AXES)
-            axis = _split_axis(g.shape)
-            total = lax.psum_scatter(self._pad(g), AXES, scatter_dimension=axis, tiled=True)
-            return total / lax.axis_size(AXES)
-
-        with jax.named_scope('average_gradients'):
-            return jax.tree.map(scatter, grads) if self._zero else lax.pmean(grads, AXES)
-
-    def _pad(self, x: jax.Array) -> jax.Array:
-        if not x.shape:
-            return x
-        axis = _split_axis(x.shape)
-        missing = -x.shape[axis] % math.prod(self.mesh.shape.values())
-        return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
-
-    def _cut(self, state: TrainState) -> TrainState:
-        def cut(x, whole):
-            return x[tuple(slice(size) for size in whole.shape)]
-
-        params, opt_state = jax.tree.map(
-            cut,
-            (state.params, state.opt_state),
-            (self._shapes.params, self._shapes.opt_state),
-        )
-        return state.replace(params=params, opt_state=opt_state)
-
-
-def _split_axis(shape: tuple[int, ...]) -> int:
-    """The longest axis, where padding costs least; the last one of several."""
-    return max(range(len(shape)), key=lambda axis: (shape[axis], axis))
-
-
-def _spec(x: Any) -> P:
-    if not x.shape:
-        return REPLICATED
-    axis = _split_axis(x.shape)
-    return P(*(AXES if i == axis else None for i in range(len(x.shape))))
+    shapes = jax.eval_shape(initial)
+    try:
+        tx = optim.make_optimizer(config.optimizer, schedule, frozen, shapes.params)
+        whole = jax.eval_shape(lambda: initial(tx))
+        layout = Layout(mesh, whole, config.sharding, method.specs(whole.method))
+    except ValueError as error:
+        raise UserError(f'config.model.temp_frozen_params_iter_map={frozen}: {error}') from error
+    state = jax.jit(lambda: layout.pad(initial(tx)), out_shardings=layout.shardings)()
+    return build(axis_names=('member',), mesh_axes=meshes.AXES), tx, layout, state

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 from swav_jax import augment, methods
 from swav_jax.methods.method import Batch, Learned, Network, Outputs
 from swav_jax.models import SwAVNet, head
+from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import BATCH, CROPS
 from swav_jax.precision import COMPUTE_DTYPES, MIN_SCALE, all_finite
-from swav_jax.state import Layout, TrainState
+from swav_jax.state import TrainState
 
 
 def make_train_step(
@@ -100,8 +101,11 @@ def update(
     grads, batch_stats, own, metrics = learned(state.replace(opt_state=None), crops, weights)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params, own = method.after_update(optax.apply_updates(state.params, updates), own)
-    new = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state, method=own)
+    params = layout.cut_params(optax.apply_updates(state.params, updates))
+    params, own = method.after_update(params, own)
+    new = state.replace(
+        params=layout.pad_params(params), batch_stats=batch_stats, opt_state=opt_state, method=own
+    )
     metrics['grad_norm'] = optax.tree.norm(grads)
     metrics['update_norm'] = optax.tree.norm(updates)
     overflow_is_usual = False

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from swav_jax import config, methods, models, optim, step
+from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.precision import LossScale
-from swav_jax.state import Layout
 
 
 class OneLayer(nn.Module):

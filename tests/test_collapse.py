@@ -4,7 +4,7 @@ import pytest
 
 from swav_jax.config import default
 from swav_jax.errors import RunFailedError
-from swav_jax.methods.collapse import Collapse
+from swav_jax.runs.collapse import Collapse
 
 
 def look_at(rows, **changes):

@@ -14,7 +14,6 @@ from swav_jax.commands import traced
 from swav_jax.config import recipes
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
-from swav_jax.runs import initial_state
 from swav_jax.step import make_train_step
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
@@ -146,7 +145,7 @@ def test_one_step_has_shapes(name):
     made = {}
 
     def make_state():
-        made['net'], made['tx'], made['layout'], state = initial_state.make_state(
+        made['net'], made['tx'], made['layout'], state = make_state(
             config, sizes, learning_rate(config, sizes), mesh
         )
         return state

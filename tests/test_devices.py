@@ -10,7 +10,7 @@ from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
 from swav_jax.models import resnet
 from swav_jax.parallel.mesh import make_mesh, put_batch
-from swav_jax.runs.initial_state import make_schedule, make_state
+from swav_jax.state import make_schedule, make_state
 from swav_jax.step import make_train_step, multi_crop
 
 STEPS = 10

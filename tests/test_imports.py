@@ -57,8 +57,6 @@ NEVER = {'jax': ('data', 'config', 'cli', 'main'), 'flax': ('data',)}
 # All that a part may import from elsewhere.
 NOTHING_BUT = {
     'methods': {'jax', 'optax', 'jaxtyping'},
-    # So is `Collapse`, which reads its settings.
-    'methods.collapse': {'ml_collections'},
     'optim': {'jax', 'optax', 'jaxtyping', 'numpy'},
 }
 BY_NAME = {'', 'commands'}  # import by a name that is a string, which is not read here

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_training import make_update, random_crops, small_config, start
 
 from swav_jax import methods
@@ -45,13 +46,16 @@ class WithTeacher(SwAV):
         return params, state._replace(params=moved)
 
 
-def test_a_teacher_is_a_file_and_a_line(monkeypatch):
+@pytest.mark.parametrize('sharding', ['replicated', 'zero'])
+def test_a_teacher_is_a_file_and_a_line(monkeypatch, sharding):
+    """Four devices do not divide all widths: slices have zeros behind them, a teacher has not."""
     monkeypatch.setitem(methods.METHODS, 'swav', WithTeacher)
-    c = small_config()
+    odd = {'model.head.dims': (0, 18, 9), 'model.head.num_clusters': (7,)}
+    c = small_config(sharding=sharding, **odd)
     layout, net, tx, state = start(c, 4)
-    before = jax.device_get(state)
+    before = jax.device_get(layout.gather(state))
     state, metrics = make_update(c, layout, net, tx)(state, random_crops(c, 0), np.ones(16))
-    after = jax.device_get(state)
+    after = jax.device_get(layout.gather(state))
     assert metrics['finite']
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
     halves = jax.tree.map(lambda old, new: (old + new) / 2, before.params, after.params)

@@ -13,7 +13,7 @@ from swav_jax import main
 from swav_jax.data import pipeline, sources
 from swav_jax.parallel.mesh import make_mesh, put_batch
 from swav_jax.precision import LossScale
-from swav_jax.runs.initial_state import make_state
+from swav_jax.state import make_state
 from swav_jax.step import make_train_step
 
 BEFORE, STEPS = 120, 40

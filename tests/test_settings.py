@@ -16,7 +16,7 @@ from swav_jax.config.schedules import Schedule
 from swav_jax.config.settings import SETTINGS
 from swav_jax.errors import UserError
 from swav_jax.main import main
-from swav_jax.runs.initial_state import make_schedule
+from swav_jax.state import make_schedule
 
 LR = 'optimizer.param_schedulers.lr'
 HUGE = 10**5000  # Python refuses to print it

@@ -15,8 +15,7 @@ from swav_jax.commands import traced
 from swav_jax.data import sources
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
-from swav_jax.runs.initial_state import make_schedule, make_state
-from swav_jax.state import TrainState
+from swav_jax.state import TrainState, make_schedule, make_state
 from swav_jax.step import make_train_step
 
 IMAGENET = 1_281_167  # images of the training set

@@ -30,7 +30,7 @@ from swav_jax.evaluate.model import restore_config
 from swav_jax.parallel import mesh as meshes
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.runs.digest import named
-from swav_jax.runs.initial_state import make_schedule, make_state
+from swav_jax.state import make_schedule, make_state
 from swav_jax.step import make_train_step
 from swav_jax.terminal import printable
 

@@ -43,6 +43,9 @@ class Learned(NamedTuple):
 class Method(abc.ABC):
     """What is learned, made from the run's settings. It keeps no arrays: those are in its state.
 
+    Parameters that it is given are whole, whatever `config.sharding` is, so a copy of them in its
+    state (a teacher) has the same shapes; `specs` says how that copy is split.
+
     Args:
       config: the run's settings.
 

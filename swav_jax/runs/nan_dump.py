@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
 from swav_jax.models import SwAVNet
 from swav_jax.parallel import distributed
+from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import AXES, BATCH, CROPS
 from swav_jax.runs.checkpoint import Checkpoints
-from swav_jax.state import Layout, TrainState
+from swav_jax.state import TrainState
 from swav_jax.step import multi_crop, objective
 
 MOST_CROPPED = 64  # images whose crops are written: the others' come from the images again

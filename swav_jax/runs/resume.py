@@ -13,8 +13,9 @@ from swav_jax import config as settings
 from swav_jax import methods
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
+from swav_jax.parallel.layout import Layout
 from swav_jax.runs.checkpoint import Checkpoints
-from swav_jax.state import Layout, TrainState
+from swav_jax.state import TrainState
 
 # A change of these, or of what `Method.fixed` names, gives the arrays of a state another meaning
 # (model, optimizer and its schedule), makes step n read other images (order, crops), or comes too

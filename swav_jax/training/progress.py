@@ -9,10 +9,10 @@ import jax
 from swav_jax.data import pipeline
 from swav_jax.data.bad_images import BadImages
 from swav_jax.errors import StoppedError, UserError
-from swav_jax.methods.collapse import Collapse
 from swav_jax.parallel import distributed
 from swav_jax.parallel import mesh as meshes
 from swav_jax.runs import nan_dump
+from swav_jax.runs.collapse import Collapse
 from swav_jax.runs.monitor import Monitor
 from swav_jax.runs.nan_skip import SkipBatches, after_nan
 from swav_jax.runs.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals

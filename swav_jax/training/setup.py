@@ -11,17 +11,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import methods, models, optim
+from swav_jax import methods, models, optim, torch_weights
 from swav_jax.data import pipeline, sources
 from swav_jax.evaluate.online import OnlineEvaluation
 from swav_jax.parallel import distributed
 from swav_jax.parallel import mesh as meshes
+from swav_jax.parallel.layout import Layout
 from swav_jax.runs import resume
 from swav_jax.runs.checkpoint import Checkpoints
-from swav_jax.runs.initial_state import make_schedule, make_state, start_from
 from swav_jax.runs.nan_skip import SkipBatches, batch_of_step
 from swav_jax.runs.workdir import write_config
-from swav_jax.state import Layout, TrainState
+from swav_jax.state import TrainState, make_schedule, make_state
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,30 @@ def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | N
         skips=max(len(notes['left_out']), skip.count if skip else 0),
         said=said,
     )
+
+
+def start_from(
+    config: ConfigDict, sizes: settings.Sizes, layout: Layout, state: TrainState
+) -> TrainState:
+    """The state before the first step with the weights that `config.init_from` names.
+
+    Raises:
+      UserError: they cannot be read, or do not fit.
+    """
+    whole = layout.gather(state)
+    loaded = torch_weights.load_into(
+        jax.device_get(whole.params),
+        jax.device_get(whole.batch_stats),
+        config.init_from,
+        allow_partial=config.init_allow_partial,
+    )
+
+    def begin(whole: TrainState, params: Any, batch_stats: Any) -> TrainState:
+        params, own = methods.make(config).init(params, batch_stats, sizes)
+        return layout.pad(whole.replace(params=params, batch_stats=batch_stats, method=own))
+
+    begin = jax.jit(begin, out_shardings=layout.shardings)
+    return begin(whole, *meshes.put(layout.mesh, loaded))
 
 
 def introduce(setup: Setup, say: Callable[[str], None]) -> None:

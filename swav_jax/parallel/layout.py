@@ -1,0 +1,140 @@
+"""How the state of a run lies on the mesh.
+
+With `config.sharding='replicated'` every device holds all of it but what the method spreads (a
+queue). With `'zero'` each holds a slice of every parameter and of what the optimizer keeps for it
+(ZeRO, Rajbhandari et al. 2020, 1910.02054): a step gathers the parameters, and hands each device
+its slice of the averaged gradient. Methods, checkpoints and evaluations know whole arrays only.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from swav_jax.parallel.mesh import AXES, REPLICATED
+
+
+class Layout:
+    """Where the arrays of a `state.TrainState` lie.
+
+    Args:
+      mesh: with the axes ('group', 'member'); an abstract one is enough for tracing.
+      shapes: the whole state, or its shapes.
+      sharding: `config.sharding`.
+      method: how the method's state is split, see `Method.specs`.
+
+    Attributes:
+      mesh: the mesh.
+      specs: per array of a state, how it is split.
+      shardings: the same as shardings on the mesh.
+    """
+
+    def __init__(self, mesh: Mesh | AbstractMesh, shapes: Any, sharding: str, method: Any):
+        self.mesh = mesh
+        self._zero = sharding == 'zero'
+        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+        self.specs = jax.tree.map(lambda _: REPLICATED, shapes).replace(method=method)
+        if self._zero:
+            split = jax.tree.map(_spec, (shapes.params, shapes.opt_state))
+            self.specs = self.specs.replace(params=split[0], opt_state=split[1])
+        self.shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs)
+        whole = self.specs.replace(params=REPLICATED, opt_state=REPLICATED)
+        self._whole = jax.tree.map(lambda spec: NamedSharding(mesh, spec), whole)
+        self._spread = jax.jit(self.pad, out_shardings=self.shardings)
+        self._gather = jax.jit(self._cut, out_shardings=self._whole)
+
+    def pad(self, state: Any) -> Any:
+        """A whole state with zeros behind what the devices do not divide."""
+        opt_state = jax.tree.map(self._pad, state.opt_state) if self._zero else state.opt_state
+        return state.replace(params=self.pad_params(state.params), opt_state=opt_state)
+
+    def pad_params(self, params: Any) -> Any:
+        """Parameters as they lie in a state: with zeros behind what the devices do not divide."""
+        return jax.tree.map(self._pad, params) if self._zero else params
+
+    def cut_params(self, params: Any) -> Any:
+        """The parameters of a state without these zeros, each device's slice where it is."""
+        return jax.tree.map(_cut, params, self._shapes.params) if self._zero else params
+
+    def spread(self, state: Any) -> Any:
+        """A whole state, laid over the mesh."""
+        return self._spread(state)
+
+    def gather(self, state: Any) -> Any:
+        """The whole state, its parameters and what the optimizer keeps on every device."""
+        return self._gather(state) if self._zero else state
+
+    def whole(self) -> Any:
+        """Shapes and shardings of what `gather` returns."""
+        shardings = jax.tree.broadcast(self._whole, self._shapes)
+        return jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            self._shapes,
+            shardings,
+        )
+
+    def own(self, params: Any) -> Any:
+        """Inside `shard_map`: the whole parameters, as each replica's own.
+
+        The gradient by them is that of the replica's own loss. Without the cast `shard_map` would
+        sum gradients itself, in the compute dtype.
+        """
+        if not self._zero:
+            return lax.pcast(params, AXES, to='varying')
+
+        def gather(x, whole):
+            if not whole.shape:
+                return lax.pcast(x, AXES, to='varying')
+            axis = _split_axis(whole.shape)
+            full = lax.all_gather(x, AXES, axis=axis, tiled=True)
+            return lax.slice_in_dim(full, 0, whole.shape[axis], axis=axis)
+
+        return jax.tree.map(gather, params, self._shapes.params)
+
+    def average(self, grads: Any) -> Any:
+        """Inside `shard_map`: the mean over replicas of whole gradients; 'zero': this one's slice.
+
+        float32 gradients are averaged in float32: one all-reduce, or as many bytes of
+        reduce-scatter.
+        """
+
+        def scatter(g):
+            if not g.shape:
+                return lax.pmean(g, AXES)
+            axis = _split_axis(g.shape)
+            total = lax.psum_scatter(self._pad(g), AXES, scatter_dimension=axis, tiled=True)
+            return total / lax.axis_size(AXES)
+
+        with jax.named_scope('average_gradients'):
+            return jax.tree.map(scatter, grads) if self._zero else lax.pmean(grads, AXES)
+
+    def _pad(self, x: jax.Array) -> jax.Array:
+        if not x.shape:
+            return x
+        axis = _split_axis(x.shape)
+        missing = -x.shape[axis] % math.prod(self.mesh.shape.values())
+        return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+
+    def _cut(self, state: Any) -> Any:
+        opt_state = jax.tree.map(_cut, state.opt_state, self._shapes.opt_state)
+        return state.replace(params=self.cut_params(state.params), opt_state=opt_state)
+
+
+def _cut(x: jax.Array, whole: Any) -> jax.Array:
+    return x[tuple(slice(size) for size in whole.shape)]
+
+
+def _split_axis(shape: tuple[int, ...]) -> int:
+    """The longest axis, where padding costs least; the last one of several."""
+    return max(range(len(shape)), key=lambda axis: (shape[axis], axis))
+
+
+def _spec(x: Any) -> P:
+    if not x.shape:
+        return REPLICATED
+    axis = _split_axis(x.shape)
+    return P(*(AXES if i == axis else None for i in range(len(x.shape))))
