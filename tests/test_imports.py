@@ -31,19 +31,15 @@ LAYERS = (
     ('config', 'precision', 'cpu'),
     ('cli', 'parallel', 'data'),
     ('methods', 'models', 'augment', 'optim'),
-    ('state', 'torch_weights'),
+    ('state',),
     ('step',),
     ('runs',),
+    ('torch_weights',),
     ('evaluate',),
     ('training',),
     ('commands',),
     ('main', 'export'),
 )
-# Imports against the layers, each with its reason.
-AGAINST = {
-    # config.init_from and --weights may name a run's folder; its weights are read as PyTorch's are.
-    ('torch_weights', 'runs'),
-}
 # Packages that one part alone may import.
 ONLY = {
     'orbax': 'runs.checkpoint',
@@ -130,7 +126,7 @@ def wrong(modules):
             theirs = other.partition('.')[0]
             if module == '':
                 yield f'swav_jax imports {other}: importing the package would load it'
-            elif part != theirs and (part, theirs) not in AGAINST and level[theirs] >= level[part]:
+            elif part != theirs and level[theirs] >= level[part]:
                 yield f'{module} imports {other}, which is not below it'
         if outside & {'importlib', 'importlib.import_module'} and module not in BY_NAME:
             yield f'{module} imports by name'
