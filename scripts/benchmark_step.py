@@ -25,7 +25,6 @@ from swav_jax.commands import plan
 from swav_jax.cpu import xla_settings
 from swav_jax.cpu.host_memory import give_back_freed_memory, keep_freed_memory
 from swav_jax.parallel.mesh import AXES, make_mesh
-from swav_jax.precision import COMPUTE_DTYPES
 from swav_jax.state import make_schedule, make_state
 
 Figures = dict[str, float | int | str]
@@ -216,7 +215,7 @@ def our_run(config: ConfigDict, kind: str) -> Run:
     # It has the same state and moves nothing.
     still = optax.GradientTransformation(tx.init, lambda g, s, p: (optax.tree.zeros_like(g), s))
 
-    plain = models.build(config.model, dtype=COMPUTE_DTYPES[config.precision])
+    plain = models.build(config.model, dtype=jnp.dtype(config.precision))
 
     def network(state, crops):
         """Forward and backward pass, and nothing that makes use of them."""

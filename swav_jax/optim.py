@@ -263,10 +263,7 @@ def schedule(lr: Any) -> Schedule:
             return lambda where: _cosine_warm_restart(where, lr)
         case 'composite':
             return _composite(lr)
-    raise ValueError(
-        f'unknown schedule {lr["name"]!r}; there are constant, linear, cosine, multistep, '
-        'cosine_warm_restart, composite'
-    )
+    raise ValueError(f'unknown schedule {lr["name"]!r}')
 
 
 def _cosine(where, start, end):

@@ -1,7 +1,8 @@
-"""Compute dtypes, and the dynamic loss scale that float16 needs.
+"""The dynamic loss scale that float16 needs, and the check that float64 is enabled.
 
-Parameters, BatchNorm statistics, prototypes, Sinkhorn, softmax, loss and the all-reduced gradients
-are float32 whatever half precision `config.precision` names.
+`config.precision` names the compute dtype. With half precision, parameters, BatchNorm statistics,
+prototypes, Sinkhorn, softmax, loss and the all-reduced gradients stay float32. With float64, which
+is for checking the arithmetic, everything is float64.
 """
 
 from typing import NamedTuple
@@ -10,14 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from swav_jax.errors import UserError
-
-# float64, parameters and all, is for checking the arithmetic; it needs jax_enable_x64.
-COMPUTE_DTYPES = {
-    'float32': jnp.float32,
-    'bfloat16': jnp.bfloat16,
-    'float16': jnp.float16,
-    'float64': jnp.float64,
-}
 
 MIN_SCALE, MAX_SCALE = 1.0, 2.0**24
 GROWTH_INTERVAL = 2000  # steps without overflow until the scale doubles

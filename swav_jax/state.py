@@ -16,7 +16,7 @@ from swav_jax.config.schedules import Schedule
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
 from swav_jax.parallel.layout import Layout
-from swav_jax.precision import COMPUTE_DTYPES, LossScale, need_float64
+from swav_jax.precision import LossScale, need_float64
 
 
 @flax.struct.dataclass
@@ -61,7 +61,7 @@ def make_state(
         models.build,
         config.model,
         channels=config.data.channels,
-        dtype=COMPUTE_DTYPES[config.precision],
+        dtype=jnp.dtype(config.precision),
     )
     plain = build()
     crops = [

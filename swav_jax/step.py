@@ -16,7 +16,7 @@ from swav_jax.methods.method import Batch, Learned, Network, Outputs
 from swav_jax.models import SwAVNet, head
 from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import BATCH, CROPS
-from swav_jax.precision import COMPUTE_DTYPES, MIN_SCALE, all_finite
+from swav_jax.precision import MIN_SCALE, all_finite
 from swav_jax.state import TrainState
 
 
@@ -57,7 +57,7 @@ def multi_crop(config: Any, mesh: Mesh, batch: Mapping[str, jax.Array]) -> list[
 
     float32, or float64 where `config.precision` is.
     """
-    dtype = jnp.promote_types(COMPUTE_DTYPES[config.precision], jnp.float32)
+    dtype = jnp.promote_types(jnp.dtype(config.precision), jnp.float32)
 
     def render(batch):
         groups = augment.multi_crop(

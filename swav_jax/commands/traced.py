@@ -11,7 +11,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from ml_collections import ConfigDict
 
 from swav_jax import models, step
-from swav_jax.precision import COMPUTE_DTYPES
 
 COLLECTIVES = ('psum', 'psum_invariant', 'pmax', 'all_gather', 'reduce_scatter')
 
@@ -93,7 +92,7 @@ def kept_bytes(config: ConfigDict) -> int:
     JAX's residuals of the network and its passes at `batchsize_per_replica`. XLA may keep less,
     where it computes again what is cheap.
     """
-    dtype = COMPUTE_DTYPES[config.precision]
+    dtype = jnp.dtype(config.precision)
     net = models.build(config.model, channels=config.data.channels, dtype=dtype)
     rows, channels = config.data.batchsize_per_replica, config.data.channels
     crops = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -19,7 +20,6 @@ from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate.extraction import Features, check_readable, extract
-from swav_jax.precision import COMPUTE_DTYPES
 from swav_jax.runs import digest
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.terminal import printable
@@ -238,4 +238,4 @@ def _build(config: ConfigDict) -> models.SwAVNet:
 @functools.cache
 def _build_once(model: FrozenConfigDict, channels: int, precision: str) -> models.SwAVNet:
     """One object for one network, so that several checkpoints of a run share what is compiled."""
-    return models.build(model, channels=channels, dtype=COMPUTE_DTYPES[precision])
+    return models.build(model, channels=channels, dtype=jnp.dtype(precision))

@@ -7,8 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-REMAT = ('none', 'block', 'stage')
-
 # BatchNorm's sums over the replicas are kept, so that nothing is all-reduced again.
 STATISTICS = 'batch_statistics'
 _KEEP = jax.checkpoint_policies.save_only_these_names(STATISTICS)
