@@ -125,7 +125,8 @@ def _wait_for_failure() -> None:
             if _leaving.is_set():
                 return
             if 'DEADLINE_EXCEEDED' not in str(error):
-                time.sleep(_NOTICE)  # the abort may know more
+                if _leaving.wait(_NOTICE):  # the main thread may find out why
+                    return
                 end(1, _about_others())
     _told = f'process {failure["process"]} has ended ({printable(failure["reason"])}): {_AGAIN}'
     if _leaving.wait(_NOTICE) or (_failing.is_set() and _leaving.wait(_LONGEST_END)):
