@@ -11,29 +11,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-NUMBERS = {
-    1: 'i1',
-    2: 'u1',
-    3: 'i2',
-    4: 'u2',
-    5: 'i4',
-    6: 'u4',
-    7: 'f4',
-    9: 'f8',
-    12: 'i8',
-    13: 'u8',
-}
 MATRIX, COMPRESSED = 14, 15
+# Types of numbers in the file, and of arrays.
+NUMBERS = {1: 'i1', 2: 'u1', 3: 'i2', 4: 'u2', 5: 'i4', 6: 'u4', 7: 'f4', 9: 'f8', 12: 'i8',
+           13: 'u8'}  # fmt: skip
 CLASSES = {6: 'f8', 7: 'f4', 8: 'i1', 9: 'u1', 10: 'i2', 11: 'u2', 12: 'i4', 13: 'u4', 14: 'i8',
            15: 'u8'}  # fmt: skip
 
 
 def load_arrays(data: bytes, max_bytes: int) -> dict[str, np.ndarray]:
-    """The real arrays of a file by name; cells, structures and others are passed over.
+    """The real arrays of a file by name; cells, structures and others are skipped.
 
     Args:
       data: the file.
-      max_bytes: which no array may exceed when it is unpacked.
+      max_bytes: the largest size of an array after decompression.
 
     Raises:
       ValueError: the file is damaged, or an array is larger.
@@ -42,16 +33,16 @@ def load_arrays(data: bytes, max_bytes: int) -> dict[str, np.ndarray]:
     if order is None or len(data) < 136:
         raise ValueError('no MATLAB file of version 5')
     arrays = {}
-    for kind, content in elements(memoryview(data)[128:], order):
+    for kind, content in _elements(memoryview(data)[128:], order):
         if kind == COMPRESSED:
-            kind, content = unpack(content, order, max_bytes)
+            kind, content = _decompress(content, order, max_bytes)
         if kind == MATRIX:
-            arrays |= read_matrix(content, order)
+            arrays |= _read_matrix(content, order)
     return arrays
 
 
-def unpack(packed: memoryview, order: str, max_bytes: int) -> tuple[int, memoryview]:
-    """(type, data) of the element that was compressed; memory is taken for what its size says."""
+def _decompress(packed: memoryview, order: str, max_bytes: int) -> tuple[int, memoryview]:
+    """(type, data) of a compressed element, in memory of the size that it states."""
     stream = zlib.decompressobj()
     try:
         kind, count = struct.unpack(f'{order}II', stream.decompress(packed, 8))
@@ -59,13 +50,13 @@ def unpack(packed: memoryview, order: str, max_bytes: int) -> tuple[int, memoryv
             raise ValueError(f'an array of more than {max_bytes:,} bytes')
         content = stream.decompress(stream.unconsumed_tail, count + 1)
     except (zlib.error, struct.error) as error:
-        raise ValueError(f'an array that cannot be unpacked ({error})') from error
+        raise ValueError(f'an array that cannot be decompressed ({error})') from error
     if len(content) != count or not stream.eof:
-        raise ValueError('an array that is shorter or longer than it says')
+        raise ValueError('an array that is shorter or longer than stated')
     return kind, memoryview(content)
 
 
-def elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
+def _elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
     """(type, data) of one element after another."""
     at = 0
     while at < len(data):
@@ -83,9 +74,9 @@ def elements(data: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
         at = end
 
 
-def read_matrix(data: memoryview, order: str) -> dict[str, np.ndarray]:
-    """{name: array} of a matrix element, or {} of one that is not an array of real numbers."""
-    parts = elements(data, order)
+def _read_matrix(data: memoryview, order: str) -> dict[str, np.ndarray]:
+    """{name: array} of a matrix element; {} if it is not an array of real numbers."""
+    parts = _elements(data, order)
     try:
         (_, flags), (_, shape), (_, name), (kind, values) = (next(parts) for _ in range(4))
     except (RuntimeError, StopIteration) as error:

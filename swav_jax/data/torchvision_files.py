@@ -1,9 +1,9 @@
 """The data sets that torchvision downloads, read from its files without torchvision.
 
-Files are taken for what their bytes are, whoever made them: sizes are compared before memory is
-taken, and pickles call nothing.
+Files may come from anybody: sizes are checked before memory is allocated, and pickles call nothing.
 """
 
+import functools
 import gzip
 import io
 import math
@@ -11,7 +11,7 @@ import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -29,23 +29,17 @@ MAX_UNPACKED = 2**31  # bytes; SVHN's `extra` has 1.6e9
 Found = tuple[np.ndarray, np.ndarray | None, Any]  # images (N, H, W, C), labels (N,), class names
 
 
-class DataSet(NamedTuple):
-    """How to read one of torchvision's data sets: its splits, and its reader."""
-
-    splits: tuple[str, ...]
-    read: Callable[[Path, str], Found]
-
-
 def open_torchvision(spec: str) -> ArraySource:
-    """'NAME:/path[:split]', where /path is the `root` that torchvision was given.
+    """'NAME:/path[:split]', where /path is torchvision's `root`.
 
     Raises:
       UserError: an unknown name, or files that are missing or damaged.
     """
     name, _, path = spec.partition(':')
     if name not in DATA_SETS:
-        raise UserError(f'{name!r} is not known; use torchvision:NAME:/path with one of '
-                        f'{", ".join(DATA_SETS)}')  # fmt: skip
+        raise UserError(
+            f'{name!r} is not known; use torchvision:NAME:/path with one of {", ".join(DATA_SETS)}'
+        )
     splits, read = DATA_SETS[name]
     split = splits[0]
     if path.rpartition(':')[2] in splits:
@@ -63,7 +57,7 @@ def open_torchvision(spec: str) -> ArraySource:
         if not images.size:
             raise ValueError('no images')
         return ArraySource(f'{name}:{split}', images, labels, class_names)
-    except Exception as error:  # whatever the files hold, it is said
+    except Exception as error:  # a damaged file can fail in any way
         if isinstance(error, OSError) and error.filename:
             raise UserError(
                 f'{error.filename} cannot be read ({error.strerror}); have torchvision download '
@@ -75,13 +69,13 @@ def open_torchvision(spec: str) -> ArraySource:
         ) from error
 
 
-def read_cifar10(root: Path, split: str) -> Found:
+def _read_cifar10(root: Path, split: str) -> Found:
     """Pickles of {b'data': (10000, 3·32·32), b'labels': list}."""
     folder = root / 'cifar-10-batches-py'
     names = ['test_batch'] if split == 'test' else [f'data_batch_{i}' for i in range(1, 6)]
     images, labels = [], []
     for name in names:
-        batch = load_pickle(folder / name)
+        batch = _load_pickle(folder / name)
         data, numbers = batch.get('data'), batch.get('labels')
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[1:] != (3072,):
             raise ValueError(f'{name} has no data of bytes (N, 3072)')
@@ -93,22 +87,21 @@ def read_cifar10(root: Path, split: str) -> Found:
             raise ValueError(f'{name} has {len(data)} images, but {len(numbers)} labels')
         images.append(data.reshape(-1, 3, 32, 32))
         labels += numbers
-    class_names = load_pickle(folder / 'batches.meta').get('label_names')
+    class_names = _load_pickle(folder / 'batches.meta').get('label_names')
     if not isinstance(class_names, list) or not all(type(x) is str for x in class_names):
         raise ValueError('batches.meta has no list of label_names')
     images = np.concatenate(images).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), np.array(labels, np.int64), class_names
 
 
-class PickledArray:
-    """What a pickle says about an array, until all of it is known."""
+class _PickledArray:
+    """An array of a pickle, whose state follows its creation."""
 
     array: np.ndarray | None = None
 
-    def __setstate__(self, state: Any) -> None:
-        """The array from (version, shape, dtype, whether in Fortran's order, bytes)."""
+    def __setstate__(self, state: Any) -> None:  # (version, shape, dtype, Fortran order, bytes)
         match state:
-            case (1, tuple(shape), PickledType(dtype=np.dtype() as dtype), fortran, data):
+            case (1, tuple(shape), _PickledType(dtype=np.dtype() as dtype), fortran, data):
                 data = data.encode('latin1') if isinstance(data, str) else data  # of Python 2
                 if not isinstance(data, bytes) or any(type(n) is not int or n < 0 for n in shape):
                     raise pickle.UnpicklingError('an array of no bytes')
@@ -118,58 +111,56 @@ class PickledArray:
                 raise pickle.UnpicklingError('an array of no numbers')
 
 
-class PickledType:
-    """The type of an array's whole numbers."""
+class _PickledType:
+    """The type of an array of whole numbers."""
 
     def __init__(self, name: Any, *_: Any):
         if name not in ('u1', 'i1', 'u2', 'i2', 'u4', 'i4', 'u8', 'i8'):
             raise pickle.UnpicklingError(f'an array of {name!r}, which are no whole numbers')
         self.dtype = np.dtype(name)
 
-    def __setstate__(self, state: Any) -> None:
-        """The byte order from (version, '<', '>' or '|', …)."""
+    def __setstate__(self, state: Any) -> None:  # (version, byte order, …)
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ('<', '>', '|', '='):
             raise pickle.UnpicklingError('a type of no byte order')
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class ArrayUnpickler(pickle._Unpickler):
+class _ArrayUnpickler(pickle._Unpickler):
     """Builds arrays of whole numbers and Python's own containers, and calls nothing else.
 
-    It is the unpickler that is written in Python: the one in C takes gigabytes for a few bytes
-    that number a memo, and builds real arrays, whose memory a pickle can point anywhere.
+    It is pickle's version in Python: the one in C allocates gigabytes for a few bytes that number a
+    memo, and builds real arrays, whose memory a pickle can point anywhere.
     """
 
     dispatch = pickle._Unpickler.dispatch
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few things that a pickled array names; a pickle of anything else raises."""
         match module.replace('numpy._core', 'numpy.core'), name:
             case 'numpy.core.multiarray', '_reconstruct':
-                return lambda kind, shape, code: PickledArray()
+                return lambda kind, shape, code: _PickledArray()
             case 'numpy', 'ndarray':
                 return 'ndarray'
             case 'numpy', 'dtype':
-                return lambda name, align, copy: PickledType(name)
+                return lambda name, align, copy: _PickledType(name)
             case '_codecs', 'encode':  # how Python 3 writes bytes into old pickles
                 return lambda text, _: text.encode('latin1')
         raise pickle.UnpicklingError(f'it names {module}.{name}, which no array needs')
 
 
-def load_pickle(path: Path) -> dict[str, Any]:
-    """The dictionary of a pickle that holds arrays, numbers, text, lists and dictionaries alone."""
-    content = ArrayUnpickler(io.BytesIO(read_regular(path)), encoding='latin1').load()
+def _load_pickle(path: Path) -> dict[str, Any]:
+    """The dictionary in a pickle of arrays, numbers, text, lists and dictionaries."""
+    content = _ArrayUnpickler(io.BytesIO(read_regular(path)), encoding='latin1').load()
     if not isinstance(content, dict):
         raise ValueError(f'{path.name} holds no dictionary')
     return {
         key.decode() if isinstance(key, bytes) else key: x.array
-        if isinstance(x, PickledArray)
+        if isinstance(x, _PickledArray)
         else x
         for key, x in content.items()
     }
 
 
-def read_stl10(root: Path, split: str) -> Found:
+def _read_stl10(root: Path, split: str) -> Found:
     """Raw bytes (N, 3, 96, 96), each plane stored column by column; labels from 1."""
     folder = root / 'stl10_binary'
     images = np.frombuffer(read_regular(folder / f'{split}_X.bin'), np.uint8)
@@ -181,7 +172,7 @@ def read_stl10(root: Path, split: str) -> Found:
     return np.ascontiguousarray(images.transpose(0, 3, 2, 1)), labels, class_names
 
 
-def read_svhn(root: Path, split: str) -> Found:
+def _read_svhn(root: Path, split: str) -> Found:
     """MATLAB files of X (32, 32, 3, N) and y (N, 1), in which 10 stands for the digit 0."""
     content = matlab.load_arrays(read_regular(root / f'{split}_32x32.mat'), MAX_UNPACKED)
     for name in 'Xy':
@@ -195,20 +186,16 @@ def read_svhn(root: Path, split: str) -> Found:
     return np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels.astype(int) % 10, DIGITS
 
 
-def read_mnist(class_names: tuple[str, ...], folder: str) -> Callable[[Path, str], Found]:
-    """A reader of IDX files, plain or gzipped, in root/`folder`/raw or in root itself."""
-
-    def read(root: Path, split: str) -> Found:
-        raw = root / folder / 'raw'
-        raw = raw if raw.is_dir() else root
-        prefix = 't10k' if split == 'test' else 'train'
-        images = read_idx(raw / f'{prefix}-images-idx3-ubyte', 3)
-        return images[..., None], read_idx(raw / f'{prefix}-labels-idx1-ubyte', 1), class_names
-
-    return read
+def _read_mnist(folder: str, class_names: tuple[str, ...], root: Path, split: str) -> Found:
+    """IDX files, plain or gzipped, in root/`folder`/raw or in root itself."""
+    raw = root / folder / 'raw'
+    raw = raw if raw.is_dir() else root
+    prefix = 't10k' if split == 'test' else 'train'
+    images = _read_idx(raw / f'{prefix}-images-idx3-ubyte', 3)
+    return images[..., None], _read_idx(raw / f'{prefix}-labels-idx1-ubyte', 1), class_names
 
 
-def read_idx(path: Path, rank: int) -> np.ndarray:
+def _read_idx(path: Path, rank: int) -> np.ndarray:
     """A uint8 array in LeCun's IDX format: 0, 0, type, rank, sizes as big-endian int32, bytes."""
     zipped = path.with_name(path.name + '.gz')
     with open_regular(zipped if zipped.is_file() else path) as raw:
@@ -217,17 +204,21 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
             raise ValueError(f'{path.name} is no IDX file of bytes with {rank} dimensions')
         shape = struct.unpack(f'>{rank}i', file.read(4 * rank))
         if min(shape) < 0 or (count := math.prod(shape)) > MAX_UNPACKED:
-            raise ValueError(f'{path.name} is said to hold {list(shape)} bytes')
+            raise ValueError(f'{path.name} states {list(shape)} bytes, more than are read')
         data = file.read(count)
         if len(data) != count or file.read(1):
             raise ValueError(f'{path.name} does not hold {list(shape)} bytes')
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-DATA_SETS = {
-    'CIFAR10': DataSet(('train', 'test'), read_cifar10),
-    'STL10': DataSet(('train', 'test', 'unlabeled'), read_stl10),
-    'SVHN': DataSet(('train', 'test', 'extra'), read_svhn),
-    'MNIST': DataSet(('train', 'test'), read_mnist(DIGITS, 'MNIST')),
-    'FashionMNIST': DataSet(('train', 'test'), read_mnist(FASHION_CLASSES, 'FashionMNIST')),
+# The splits, the usual one first, and the reader of each.
+DATA_SETS: dict[str, tuple[tuple[str, ...], Callable[[Path, str], Found]]] = {
+    'CIFAR10': (('train', 'test'), _read_cifar10),
+    'STL10': (('train', 'test', 'unlabeled'), _read_stl10),
+    'SVHN': (('train', 'test', 'extra'), _read_svhn),
+    'MNIST': (('train', 'test'), functools.partial(_read_mnist, 'MNIST', DIGITS)),
+    'FashionMNIST': (
+        ('train', 'test'),
+        functools.partial(_read_mnist, 'FashionMNIST', FASHION_CLASSES),
+    ),
 }
