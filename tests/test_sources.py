@@ -137,9 +137,9 @@ def test_listing_of_many_files_is_fast_the_second_time(tmp_path, monkeypatch):
     cache = str(tmp_path / 'cache')
     monkeypatch.setattr(listing, 'SETTLED_S', -60)
     stamps = {str(tmp_path / 'data'): listing.stamp(tmp_path / 'data')}
-    listing.remembered('many', lambda: (names, stamps), cache, bool)
+    listing.remembered('many', lambda: (names, stamps), cache)
     start = time.perf_counter()
-    assert listing.remembered('many', None, cache, bool) == names
+    assert listing.remembered('many', None, cache) == names
     assert time.perf_counter() - start < 2
 
 
@@ -249,6 +249,6 @@ def test_synthetic():
 
 
 def test_listing_files_hold_json(tmp_path):
-    listing.remembered('k', lambda: ([1, 'x'], {}), str(tmp_path / 'cache'), bool)
+    listing.remembered('k', lambda: ([1, 'x'], {}), str(tmp_path / 'cache'))
     (file,) = (tmp_path / 'cache').iterdir()
     assert json.loads(file.read_text())['listing'] == [1, 'x']

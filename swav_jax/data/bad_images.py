@@ -1,4 +1,4 @@
-"""Which images could not be read: a list beside the run, and a limit above which it stops."""
+"""Unreadable images: a list of them beside the run, and a limit above which the run stops."""
 
 import contextlib
 import secrets
@@ -8,6 +8,7 @@ import numpy as np
 
 from swav_jax import atomic
 from swav_jax.data.images import Source
+from swav_jax.data.listing import some
 from swav_jax.errors import UserError
 from swav_jax.terminal import printable
 
@@ -17,13 +18,11 @@ class BadImages:
 
     Args:
       source: the images.
-      path: the list, one name a line, begun with the first bad image. What it holds from an
-        earlier run stays and is not written again.
+      path: the list, one name a line, created with the first bad image. Lines from an earlier run
+        stay, and are not repeated.
       max_bad_fraction: `config.data.max_bad_fraction`, of all images of the source.
-      writes: whether to keep the list; of several processes, all of which know it, one does.
+      writes: whether to write the list: all processes collect, one of them writes.
     """
-
-    shown = 5  # names in the message that ends a run
 
     def __init__(
         self, source: Source, path: str | Path, max_bad_fraction: float, *, writes: bool = True
@@ -32,40 +31,39 @@ class BadImages:
         self.path = Path(path)
         self.max_bad_fraction = max_bad_fraction
         self.writes = writes
-        self.names: dict[int, str] = {}  # of the bad images that this run has met
+        self.names: dict[int, str] = {}  # of the bad images of this run
 
     def update(self, index: np.ndarray, weight: np.ndarray) -> list[str]:
-        """Looks at a batch's `index` and `weight`, both (B,).
+        """Add the bad images of a batch with these `index` and `weight`, both (B,).
 
         Returns:
-          The names of the bad images that were not met before.
+          The names of those that are new.
 
         Raises:
-          UserError: more than the allowed share of the images is bad.
+          UserError: more than the allowed fraction of the images is bad.
         """
-        new = {int(i) for i in index[(weight == 0) & (index >= 0)]} - self.names.keys()
+        bad = {int(i) for i in index[(weight == 0) & (index >= 0)]}
+        new = {i: printable(self.source.name(i)) for i in sorted(bad - self.names.keys())}
         if not new:
             return []
-        self.names |= {i: printable(self.source.name(i)) for i in sorted(new)}
+        self.names |= new
         if self.writes:
             self._write()
-        bad, whole = len(self.names), len(self.source)
-        if bad > self.max_bad_fraction * whole:
-            first = ', '.join(list(self.names.values())[: self.shown])
-            more = f' and {bad - self.shown} more' if bad > self.shown else ''
+        count, whole = len(self.names), len(self.source)
+        if count > self.max_bad_fraction * whole:
             raise UserError(
-                f'{bad} of {whole} images cannot be read, more than config.data.max_bad_fraction='
-                f'{self.max_bad_fraction} allows: {first}{more}; mend or remove those that '
-                f'{self.path} lists'
+                f'{count} of {whole} images cannot be read, more than config.data.max_bad_fraction='
+                f'{self.max_bad_fraction} allows: {some(self.names.values(), count, shown=5)}; '
+                f'fix or remove the images listed in {self.path}'
             )
-        return [self.names[i] for i in sorted(new)]
+        return list(new.values())
 
     def _write(self) -> None:
         before: list[str] = []
-        if self.path.is_dir():  # whatever was done to the list, it ends no run
+        if self.path.is_dir():  # whatever was done to the list, it stops no run
             self.path.replace(self.path.with_name(f'{self.path.name}.{secrets.token_hex(4)}'))
         with contextlib.suppress(OSError):
             before = self.path.read_text('utf-8', 'backslashreplace').splitlines()
-        lines = dict.fromkeys([*map(printable, before), *self.names.values()])  # keeps their order
+        lines = dict.fromkeys([*map(printable, before), *self.names.values()])  # in their order
         with atomic.replacing(self.path) as temporary:
             temporary.write_text(''.join(f'{line}\n' for line in lines), 'utf-8')

@@ -1,4 +1,4 @@
-"""The kinds of storage: arrays in memory, one file an image, byte ranges of large files.
+"""Where images are stored: arrays in memory, one file per image, byte ranges of large files.
 
 Nothing here decodes an image or imports TensorFlow.
 """
@@ -8,6 +8,7 @@ import copy
 import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,21 +18,21 @@ from swav_jax.data.regular import open_regular, read_regular
 
 MAX_FILE_BYTES = 2**29  # of one image
 SAMPLED = 256  # bytes of an image that stand for its content
-READERS = 32  # threads, as a network file system answers slowly
+READERS = 32  # threads, because a network file system answers slowly
 
 
 class Source(abc.ABC):
     """Images by number, 0 … len - 1.
 
     Args:
-      labels: (len,) whole numbers, -1 where the class is not known; None of images without labels.
-      class_names: what labels 0, 1, … are called; None where labels are ids of any kind.
-      notes: see below.
+      labels: (len,) whole numbers, -1 where the class is unknown; None for no labels.
+      class_names: names of the labels 0, 1, …; None where labels are ids of any kind.
+      notes: lines for the user, such as what was left out and why.
 
     Attributes:
-      class_names: the name of each label, that of an id being its digits; None without labels.
-      class_ids: (C,) what the data call the classes: 0, 1, … where they have names, else the ids.
-      notes: lines for the user, such as what was left out and why.
+      class_names: the name of each label, an id's digits where there are no names; None without
+        labels.
+      class_ids: (C,) the numbers that the data use for the classes: 0, 1, … or the ids.
     """
 
     def __init__(
@@ -40,36 +41,66 @@ class Source(abc.ABC):
         class_names: Sequence[str] | None = None,
         notes: Sequence[str] = (),
     ):
-        self._labels = self.class_names = self.class_ids = None
+        self._labels, self.class_names, self.class_ids = _number_classes(labels, class_names)
         self.notes = tuple(notes)
-        if labels is not None:
-            self._labels, self.class_names, self.class_ids = number_classes(labels, class_names)
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """The number of images."""
+
+    @abc.abstractmethod
+    def name(self, index: int) -> str:
+        """The path of an image, or another text that identifies it."""
+
+    @abc.abstractmethod
+    def read(self, index: int) -> bytes | np.ndarray:
+        """The bytes of an image file, or a uint8 (height, width, channels) array.
+
+        Raises:
+          OSError: the file is missing or cannot be read.
+        """
+
+    @abc.abstractmethod
+    def _select(self, indices: np.ndarray) -> None:
+        """Keep these images only, in this order."""
+
+    def extent(self, index: int) -> tuple[str, int, int] | None:
+        """(path, first byte, bytes) of a stored image; None for one in memory.
+
+        Raises:
+          OSError: the file is missing or is no regular file.
+        """
+        return None
+
+    def _identity(self) -> Iterator[bytes]:
+        """What distinguishes these images from others: the names, unless there is more."""
+        yield _join(map(self.name, range(len(self))))
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 (len,) indices of `class_names`, -1 where not known; None where none is."""
+        """int32 (len,) indices into `class_names`, -1 where unknown; None where all are."""
         return self._labels
 
     def label_ids(self) -> np.ndarray | None:
-        """(len,) `labels` as the data have them: `class_ids`, -1 where not known."""
+        """(len,) `labels` as the data have them: `class_ids`, -1 where unknown."""
         labels = self.labels
         if labels is None:
             return None
         ids = self.class_ids[labels]
-        if (labels < 0).any():  # ids above int64 never come with these
+        if (labels < 0).any():  # never together with ids above int64
             ids[labels < 0] = -1
         return ids
 
     def digest(self, *, labels: bool = False, contents: bool = False) -> str:
-        """Which images these are and in which order, in 16 hexadecimal digits.
+        """Which images these are, and in which order, in 16 hexadecimal digits.
 
         Two sources with the same digest have the same names, byte ranges or, in memory, pixels.
-        Names count below the folder that was named: where it lies does not.
+        Names count from the folder of the source on, so it may be moved.
 
         Args:
-          labels: whether labels and the names of the classes count, too.
-          contents: whether the images themselves count: of each file its size, and a few bytes from
-            its middle, which tell compressed images apart.
+          labels: whether labels and class names count, too.
+          contents: whether contents count, too: of each file its size and a few bytes from its
+            middle, which differ between compressed images.
         """
         digest = hashlib.sha256()
         for part in self._identity():
@@ -85,35 +116,19 @@ class Source(abc.ABC):
         return digest.hexdigest()[:16]
 
     def _sample(self, index: int) -> bytes:
-        """Some bytes of an image that tell it from others; none where it cannot be read."""
-        return b''
-
-    def _identity(self) -> Iterator[bytes]:
-        """What tells these images from others; the names, unless there is more."""
-        yield _join(map(self.name, range(len(self))))
-
-    @abc.abstractmethod
-    def __len__(self) -> int:
-        """How many images there are."""
-
-    @abc.abstractmethod
-    def name(self, index: int) -> str:
-        """The path of an image, or another text that finds it again."""
-
-    @abc.abstractmethod
-    def read(self, index: int) -> bytes | np.ndarray:
-        """An image file's bytes, or a uint8 (height, width, channels) array.
-
-        Raises:
-          OSError: the file is gone or cannot be read.
-        """
-
-    @abc.abstractmethod
-    def _select(self, indices: np.ndarray) -> None:
-        """Keep only these images, in this order."""
+        """A few bytes of a stored image."""
+        try:
+            extent = self.extent(index)
+            if extent is None:
+                return b''
+            path, start, count = extent
+            with open_regular(path) as file:
+                return b'%d %s\0' % (count, os.pread(file.fileno(), SAMPLED, start + count // 2))
+        except OSError:
+            return b'\0'
 
     def take(self, indices: Sequence[int] | np.ndarray) -> 'Source':
-        """The source of these images alone, in this order."""
+        """The source of these images only, in this order."""
         indices = np.asarray(indices, np.int64)
         taken = copy.copy(self)
         if taken._labels is not None:
@@ -122,7 +137,7 @@ class Source(abc.ABC):
         return taken
 
     def relabel(self, labels: np.ndarray, class_names: list[str]) -> 'Source':
-        """The same images with other labels: int32 (len,) indices of `class_names`, -1 unknown."""
+        """The same images with other labels: int32 (len,) indices into `class_names`, or -1."""
         relabelled = copy.copy(self)
         relabelled._labels, relabelled.class_names = labels, class_names
         relabelled.class_ids = np.arange(len(class_names))
@@ -130,7 +145,7 @@ class Source(abc.ABC):
 
 
 class ArraySource(Source):
-    """Images of one size, held in memory: uint8 (N, height, width, channels)."""
+    """Images of one size in memory: uint8 (N, height, width, channels)."""
 
     def __init__(self, title: str, images: np.ndarray, labels=None, class_names=None):
         super().__init__(labels, class_names)
@@ -142,7 +157,7 @@ class ArraySource(Source):
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """The set's title and the image's number in it."""
+        """The title, and the image's number in the whole set."""
         return f'{self.title}[{self.numbers[index]}]'
 
     def read(self, index: int) -> np.ndarray:
@@ -158,12 +173,12 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """One file an image.
+    """One file per image.
 
     Args:
       paths: of the files.
       labels, class_names, notes: see `Source`.
-      root: what all or some paths begin with and what counts for nothing in `digest`.
+      root: the beginning of paths that `digest` leaves out.
     """
 
     def __init__(
@@ -184,27 +199,32 @@ class FileSource(Source):
         """The whole file.
 
         Raises:
-          OSError: see `Source.read`; or it is no regular file, such as a pipe, or too large.
+          OSError: it cannot be read, is no regular file, such as a pipe, or is too large.
         """
         return read_regular(self.paths[index], MAX_FILE_BYTES)
 
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """The whole file; see `Source.extent`."""
+        path = self.paths[index]
+        status = os.stat(path)  # noqa: PTH116 (a Path takes longer than the call)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, 'it is no regular file', path)
+        return path, 0, status.st_size
+
     def _identity(self) -> Iterator[bytes]:
         yield _join(path.removeprefix(self.root) for path in self.paths)
-
-    def _sample(self, index: int) -> bytes:
-        return _sample(self.paths[index])
 
     def _select(self, indices: np.ndarray) -> None:
         self.paths = [self.paths[i] for i in indices]
 
 
 class RangeSource(Source):
-    """Images that lie one after another in large files: tar shards, record files.
+    """Images one after another in large files: tar shards, record files.
 
     Args:
       files: paths.
-      ranges: int64 (N, 3) of the file's number, the first byte and the number of bytes.
-      names: what each image is called inside its file.
+      ranges: int64 (N, 3): the file's number, the first byte, the number of bytes.
+      names: of the images inside their files.
       labels, class_names, notes: see `Source`.
     """
 
@@ -229,49 +249,43 @@ class RangeSource(Source):
 
     def read(self, index: int) -> bytes:
         """The bytes of the range."""
-        number, start, count = self.ranges[index]
-        with open_regular(self.files[number]) as file:
+        path, start, count = self.extent(index)
+        with open_regular(path) as file:
             file.seek(start)
             data = file.read(count)
         if len(data) < count:
-            raise OSError(errno.EIO, 'it became shorter', self.files[number])
+            raise OSError(errno.EIO, 'it became shorter', path)
         return data
+
+    def extent(self, index: int) -> tuple[str, int, int]:
+        """The range; see `Source.extent`."""
+        number, start, count = self.ranges[index].tolist()
+        return self.files[number], start, count
 
     def _identity(self) -> Iterator[bytes]:
         yield _join(os.path.basename(file) for file in self.files)  # noqa: PTH119
         yield _join(self.names)
         yield np.ascontiguousarray(self.ranges).tobytes()
 
-    def _sample(self, index: int) -> bytes:
-        number, start, count = self.ranges[index].tolist()
-        return _sample(self.files[number], start, count)
-
     def _select(self, indices: np.ndarray) -> None:
         self.ranges = self.ranges[indices]
         self.names = [self.names[i] for i in indices]
-
-
-def _sample(path: str, start: int = 0, count: int | None = None) -> bytes:
-    try:
-        with open_regular(path) as file:
-            count = os.fstat(file.fileno()).st_size if count is None else count
-            return b'%d %s\0' % (count, os.pread(file.fileno(), SAMPLED, start + count // 2))
-    except OSError:
-        return b'\0'
 
 
 def _join(names: Iterable[str]) -> bytes:
     return '\0'.join(names).encode('utf-8', 'surrogatepass') + b'\0\0'
 
 
-def number_classes(
-    labels: np.ndarray, class_names: Sequence[str] | None
+def _number_classes(
+    labels: np.ndarray | None, class_names: Sequence[str] | None
 ) -> tuple[np.ndarray | None, list[str] | None, np.ndarray | None]:
-    """Labels as indices of class names: see `Source` for arguments, `labels` and `class_ids`.
+    """`Source`'s labels, class_names and class_ids.
 
     Raises:
-      ValueError: the labels are no whole numbers of 64 bits, or one has no name.
+      ValueError: labels are not whole numbers of 64 bits, or one has no name.
     """
+    if labels is None:
+        return None, None, None
     labels = np.asarray(labels)
     if labels.size and labels.dtype.kind not in 'iu':
         raise ValueError(f'labels must be whole numbers of 64 bits, not {labels.dtype}')
@@ -282,7 +296,7 @@ def number_classes(
         ids, numbers = np.unique(labels[known], return_inverse=True)
         numbered = np.full(len(labels), -1, np.int32)
         numbered[known] = numbers
-        # An unsigned type has no -1 for images whose class is not known.
+        # An unsigned type has no -1 for images of an unknown class.
         fits = ids[-1] <= np.iinfo(np.int64).max
         return numbered, [str(i) for i in ids], ids.astype(np.int64) if fits else ids
     outside = known & ((labels < 0) | (labels >= len(class_names)))

@@ -1,8 +1,9 @@
-"""Opening what must be a file: a pipe would block for ever, a device never end."""
+"""Paths that users write, and opening only what is a regular file: a pipe would block for ever."""
 
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +14,7 @@ def absolute(path: str) -> Path:
     """The absolute path that a user means, ~ expanded.
 
     Raises:
-      UserError: no path can be written so.
+      UserError: the text is no path.
     """
     try:
         if '\0' in path:
@@ -23,13 +24,27 @@ def absolute(path: str) -> Path:
         raise UserError(f'{path!r} is no path ({error})') from error
 
 
+def split_options(spec: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """('path', {'key': 'value'}) of 'path?key=value&…'.
+
+    Raises:
+      UserError: a key is not allowed.
+    """
+    path, _, query = spec.partition('?')
+    options = dict(item.partition('=')[::2] for item in query.split('&') if item)
+    for key in options:
+        if key not in allowed:
+            raise UserError(f'{key!r} is not known after the ?; use {", ".join(allowed)}')
+    return path, options
+
+
 def open_regular(path: str | Path) -> BinaryIO:
-    """A regular file, or a link to one, opened to be read, without a buffer.
+    """Open a regular file, or a link to one, to read it without a buffer.
 
     Raises:
       OSError: it is missing, cannot be read, or is a folder, a pipe, a socket or a device.
     """
-    # A pipe that is opened to be waited for waits for ever.
+    # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode
@@ -47,7 +62,7 @@ def read_regular(path: str | Path, most: int | None = None) -> bytes:
     """All bytes of a regular file.
 
     Raises:
-      OSError: as `open_regular` does, or it holds more than `most` bytes.
+      OSError: see `open_regular`; or it holds more than `most` bytes.
     """
     with open_regular(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:

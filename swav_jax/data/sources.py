@@ -1,20 +1,19 @@
-"""Which images there are: one string, `config.data.source`, names them.
+"""The images of a run, which one string names: `config.data.source` is KIND or KIND:REST.
 
 demo, demo:test          the embedded subset of Fashion-MNIST: 10,000 and 2,000 images
-folder:/path             class folders, numbered as torchvision's ImageFolder numbers them, or a
-                         flat folder of images (`folders.open_folder` says what is left out)
-filelist:/list.txt       one path a line, or a path and its label; or VISSL's .npy of paths.
-                         After a ?, joined by &: labels=/labels.npy,
-                         remove_img_path_prefix=/old/, new_img_path_prefix=/new/
-webdataset:/d/{000..123}.tar   tar shards of images, each with its label in a .cls file
-tfds:name[:split]        a prepared TensorFlow dataset; ?data_dir=/path says where
+folder:/path             class folders, or a flat folder of images
+filelist:/list.txt       one path a line, alone or with a label; or VISSL's .npy of paths
+webdataset:/d/{000..123}.tar   tar shards of images
+tfds:name[:split]        a prepared TensorFlow dataset; ?data_dir=/path is its folder
 torchvision:NAME:/path[:split]   the files of CIFAR10, STL10, SVHN, MNIST or FashionMNIST
 synthetic[:COUNTxSIDE]   generated images in ten classes (default 1024x64)
 
-A label of -1 is an unknown one in every kind. Each source says in its `notes` what was left out.
+A new kind is a module with an `open_…` function, and a line in `KINDS`. In every kind, a label of
+-1 is an unknown one, and `notes` of the source report what is left out.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from swav_jax.errors import UserError
 from swav_jax.terminal import printable
 
 DEMO_FILE = Path(__file__).parent / 'fashion_mnist' / 'fashion_mnist.npz'
-KINDS = ('demo', 'folder', 'filelist', 'webdataset', 'tfds', 'torchvision', 'synthetic')
 
 
 def open_source(
@@ -37,21 +35,21 @@ def open_source(
     cache_dir: str | None = None,
     setting: str = 'config.data.source',
 ) -> Source:
-    """Open the images that `spec` stands for; the module's docstring lists its forms.
+    """Open the images that `spec` names in one of the forms above.
 
     Args:
       spec: the value of `setting`.
-      limit: use this many images, spread evenly over the source (0: all of them), so that a
-        folder's classes stay represented.
-      channels: channels that the run works with. Gray images become RGB and RGB ones gray; other
-        numbers must be the source's own.
-      cache_dir: the run's folder, where long listings are kept between runs and which is never
-        data itself (None: nowhere).
-      setting: the name that error messages give.
+      limit: use this many images, spread evenly over the source so that all classes of a folder
+        occur (0: use all).
+      channels: of the run. Gray images become RGB and RGB images gray; other numbers must be the
+        source's own.
+      cache_dir: the run's folder, which keeps long listings between runs and is never data itself
+        (None: keep nothing).
+      setting: the name for error messages.
 
     Raises:
-      UserError: an unknown form, a path that does not exist or cannot be read, no images, damaged
-        or contradictory data, other channels, a negative limit.
+      UserError: the form is unknown, a path does not exist or cannot be read, there are no images,
+        the data are damaged or contradictory or have other channels, or `limit` is negative.
     """
     try:
         if limit < 0:
@@ -62,12 +60,11 @@ def open_source(
             raise UserError(f'the images have {have} channels, not config.data.channels={channels}')
     except UserError as error:
         raise UserError(f'{setting}={spec!r}: {printable(error)}') from error.__cause__
-    except OSError as error:
-        reason = printable(f'{error.filename}: {error.strerror}' if error.filename else error)
-        raise UserError(f'{setting}={spec!r}: {reason}') from error
-    except (ValueError, MemoryError) as error:
-        reason = printable(error) or 'the images need more memory than there is'
-        raise UserError(f'{setting}={spec!r}: {reason}') from error
+    except (OSError, ValueError, MemoryError) as error:
+        reason = str(error) or 'the images need more memory than there is'
+        if isinstance(error, OSError) and error.filename:
+            reason = f'{error.filename}: {error.strerror}'
+        raise UserError(f'{setting}={spec!r}: {printable(reason)}') from error
     if 0 < limit < len(source):
         source = source.take(np.arange(limit) * len(source) // limit)
     return source
@@ -75,26 +72,13 @@ def open_source(
 
 def _open(spec: str, channels: int, cache_dir: str | None) -> Source:
     kind, _, rest = spec.partition(':')
-    if kind in KINDS and kind not in ('demo', 'synthetic') and not rest:
+    if kind not in KINDS:
+        raise UserError(
+            f'{kind!r} is no kind of source; use {", ".join(KINDS)}, as in folder:/path/to/images'
+        )
+    if not rest and kind not in ('demo', 'synthetic'):
         raise UserError(f'name the data after the colon, as in {kind}:…')
-    match kind:
-        case 'demo':
-            return open_demo(rest)
-        case 'folder':
-            return folders.open_folder(rest, cache_dir)
-        case 'filelist':
-            return filelists.open_filelist(rest)
-        case 'webdataset':
-            return webdataset.open_webdataset(rest, cache_dir)
-        case 'tfds':
-            return tfds.open_tfds(rest, cache_dir)
-        case 'torchvision':
-            return torchvision_files.open_torchvision(rest)
-        case 'synthetic':
-            return open_synthetic(rest, channels)
-    raise UserError(
-        f'{kind!r} is no kind of source; use {", ".join(KINDS)}, as in folder:/path/to/images'
-    )
+    return KINDS[kind](rest, channels, cache_dir)
 
 
 def open_demo(split: str) -> ArraySource:
@@ -116,16 +100,16 @@ def open_synthetic(size: str, channels: int) -> ArraySource:
     """Noise over one of ten coarse patterns, the image's class; the same numbers every time.
 
     Raises:
-      UserError: `size` is not COUNTxSIDE, or the images are more than half of the memory.
+      UserError: `size` is not COUNTxSIDE, or the images take more than half of the memory.
     """
     found = re.fullmatch(r'([1-9]\d{0,17})x([1-9]\d{0,17})', size or '1024x64', re.ASCII)
     if not found:
         raise UserError('the size must be COUNTxSIDE, as in synthetic:1024x64')
     count, side = map(int, found.groups())
-    size = count * side**2 * channels
-    if size > total_bytes() // 2:
+    memory = count * side**2 * channels
+    if memory > total_bytes() // 2:
         raise UserError(
-            f'these are {size / 2**30:,.0f} GiB, more than half of the memory: name a smaller '
+            f'these are {memory / 2**30:,.0f} GiB, more than half of the memory: name a smaller '
             'COUNTxSIDE'
         )
     rng = np.random.default_rng(0)
@@ -137,3 +121,15 @@ def open_synthetic(size: str, channels: int) -> ArraySource:
         noise = rng.integers(-64, 65, image.shape)
         image[:] = (patterns[label][at][:, at] + noise).clip(0, 255)
     return ArraySource('synthetic', images, labels, [f'pattern {i}' for i in range(10)])
+
+
+# The source of REST, the channels of the run and its folder.
+KINDS: dict[str, Callable[[str, int, str | None], Source]] = {
+    'demo': lambda rest, channels, cache_dir: open_demo(rest),
+    'folder': lambda rest, channels, cache_dir: folders.open_folder(rest, cache_dir),
+    'filelist': lambda rest, channels, cache_dir: filelists.open_filelist(rest),
+    'webdataset': lambda rest, channels, cache_dir: webdataset.open_webdataset(rest, cache_dir),
+    'tfds': lambda rest, channels, cache_dir: tfds.open_tfds(rest, cache_dir),
+    'torchvision': lambda rest, channels, cache_dir: torchvision_files.open_torchvision(rest),
+    'synthetic': lambda rest, channels, cache_dir: open_synthetic(rest, channels),
+}

@@ -1,7 +1,7 @@
 """Images in the records of prepared TensorFlow datasets.
 
-A prepared dataset is data, and no code runs for it: it is read from its own files, features of
-others than tensorflow_datasets' own classes are refused, and nothing is downloaded.
+A prepared dataset is data, and none of its code runs: it is read from its own files, features of
+classes outside tensorflow_datasets are refused, and nothing is downloaded.
 """
 
 import json
@@ -14,21 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from swav_jax.data.filelists import split_options
 from swav_jax.data.images import RangeSource
-from swav_jax.data.listing import remembered, stamp
-from swav_jax.data.regular import absolute, open_regular, read_regular
+from swav_jax.data.listing import Stamps, remembered, stamp
+from swav_jax.data.regular import absolute, open_regular, read_regular, split_options
 from swav_jax.errors import UserError
 
-MAX_CLASSES = 2**24  # of which each is named
+MAX_CLASSES = 2**24  # each has a name
 NAME = re.compile(r'(\w+)(?:/([\w.-]+))?(?::(\d+\.\d+\.\d+))?')
 SPEC = re.compile(r'([^:]*(?::\d+\.\d+\.\d+)?)(?::(.*))?', re.DOTALL)
 
 
 class TfdsSource(RangeSource):
-    """Examples of a prepared TensorFlow dataset, of which the encoded image is taken.
+    """The encoded images in examples of a prepared TensorFlow dataset.
 
-    Labels lie in the same records as the images, so they are read when first asked for.
+    Labels lie in the same records as the images, so they are read on first use.
     """
 
     def __init__(self, files, ranges, names, image_key, label_key, class_names):
@@ -39,13 +38,14 @@ class TfdsSource(RangeSource):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int32 (len,), -1 where not known; None if the dataset has no class label or knows none.
+        """int32 (len,), -1 where unknown; None if the dataset has no class label or knows none.
 
         Raises:
-          UserError: a label that has no class.
+          UserError: a label has no class.
         """
         if self._labels is None and self.label_key is not None:
-            labels = np.array([self._label(i) for i in range(len(self))], np.int64)
+            found = [self._value(i, self.label_key, 'int64_list') for i in range(len(self))]
+            labels = np.array([-1 if label is None else label for label in found], np.int64)
             wrong = (labels < -1) | (labels >= len(self.class_names))
             if wrong.any():
                 raise UserError(
@@ -59,33 +59,34 @@ class TfdsSource(RangeSource):
 
     def read(self, index: int) -> bytes:
         """The encoded image of an example."""
-        example = self._example(index)
-        values = example and example.features.feature[self.image_key].bytes_list.value
-        if not values:
+        image = self._value(index, self.image_key, 'bytes_list')
+        if image is None:
             raise OSError(f'{self.name(index)} holds no image')
-        return values[0]
+        return image
 
-    def _label(self, index: int) -> int:
-        example = self._example(index)
-        values = example and example.features.feature[self.label_key].int64_list.value
-        return values[0] if values else -1
+    def _value(self, index: int, key: str, kind: str) -> Any:
+        """The first value of an example's feature; None if there is none or the record is damaged.
 
-    def _example(self, index: int) -> Any:
-        """A tf.train.Example; None of a damaged record."""
+        Args:
+          index: of the example.
+          key: of the feature.
+          kind: the list of tf.train.Feature that holds the values.
+        """
         import tensorflow as tf  # slow to load, and only this kind of source needs it
         from google.protobuf.message import DecodeError
 
         try:
-            return tf.train.Example.FromString(super().read(index))
+            example = tf.train.Example.FromString(super().read(index))
         except DecodeError:
             return None
+        return next(iter(getattr(example.features.feature[key], kind).value), None)
 
 
 def open_tfds(spec: str, cache_dir: str | None) -> TfdsSource:
     """A dataset that tfds has prepared as TFRecord files: 'name[:split][?data_dir=/path]'.
 
-    The name may go on with a config and a version, as in 'name/config:1.0.0'; without a version it
-    is the latest. The split is 'train' unless given and may be a slice, as 'train[:10%]'.
+    A config and a version may follow the name, as in 'name/config:1.0.0'; the default version is
+    the latest. The split is 'train' unless given and may be a slice such as 'train[:10%]'.
 
     Raises:
       UserError: the dataset is not prepared, is damaged or has features of foreign classes, or has
@@ -94,8 +95,9 @@ def open_tfds(spec: str, cache_dir: str | None) -> TfdsSource:
     spec, options = split_options(spec, ('data_dir',))
     name, split = SPEC.fullmatch(spec).groups('train')
     split = split or 'train'
-    folder = find(name, absolute(options.get('data_dir') or _usual_data_dir()))
-    check_features(folder)
+    usual = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+    folder = _find(name, absolute(options.get('data_dir') or usual))
+    _check_features(folder)
 
     import tensorflow_datasets as tfds  # slow to load, and only this kind of source needs it
 
@@ -117,26 +119,24 @@ def open_tfds(spec: str, cache_dir: str | None) -> TfdsSource:
         ) from error
     if not all(Path(file).parent == folder for file in files):
         raise UserError(f'{folder} is no prepared dataset (it names files outside of it)')
-    image_key = _first(features, tfds.features.Image)
-    label_key = _first(features, tfds.features.ClassLabel)
+    image_key, label_key = (
+        next((key for key, feature in features.items() if isinstance(feature, kind)), None)
+        for kind in (tfds.features.Image, tfds.features.ClassLabel)
+    )
     if image_key is None:
         raise UserError(f'{name} has no images; its features are {", ".join(features)}')
 
-    def build() -> tuple[list, dict[str, list[int]]]:
-        try:
-            stamps = {file: stamp(file) for file in files}
-        except OSError as error:
-            raise UserError(f'{error.filename} cannot be read ({error.strerror})') from error
-        return [list(index_records(file)) for file in files], stamps
+    def build() -> tuple[list, Stamps]:
+        indices, stamps = [], {}
+        for file in files:
+            try:
+                stamps[file] = stamp(file)
+                indices.append(list(_index_records(file)))
+            except OSError as error:
+                raise UserError(f'{file} cannot be read ({error.strerror})') from error
+        return indices, stamps
 
-    def is_valid(found: Any) -> bool:
-        return len(found) == len(files) and all(
-            type(start) is int and type(count) is int and min(start, count) >= 0
-            for index in found
-            for start, count in index
-        )
-
-    indices = remembered(f'tfds:{files}', build, cache_dir, is_valid)
+    indices = remembered(f'tfds:{files}', build, cache_dir)
     ranges, names = [], []
     for number, (shard, index) in enumerate(zip(shards, indices, strict=True)):
         if len(index) != shard.examples_in_shard:
@@ -154,24 +154,14 @@ def open_tfds(spec: str, cache_dir: str | None) -> TfdsSource:
         if (features[label_key].num_classes or 0) > MAX_CLASSES:
             raise UserError(f'{folder} is no prepared dataset (it has too many classes)')
         class_names = features[label_key].names
-    return TfdsSource(
-        files, np.array(ranges, np.int64).reshape(-1, 3), names, image_key, label_key, class_names
-    )
-
-
-def _usual_data_dir() -> str:
-    return os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+    return TfdsSource(files, np.array(ranges, np.int64), names, image_key, label_key, class_names)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition('\n')[0] or type(error).__name__
 
 
-def _first(features: dict, kind: type) -> str | None:
-    return next((key for key, feature in features.items() if isinstance(feature, kind)), None)
-
-
-def find(name: str, data_dir: Path) -> Path:
+def _find(name: str, data_dir: Path) -> Path:
     """The folder of a prepared dataset: DATA_DIR/NAME[/CONFIG]/VERSION.
 
     Raises:
@@ -182,30 +172,32 @@ def find(name: str, data_dir: Path) -> Path:
         raise UserError(
             f'{name!r} is no name of a prepared dataset: write name, name/config or name:1.0.0'
         )
-    # tfds knows MyData and my_data as the same.
-    snake = re.sub(r'([a-z\d])([A-Z])', r'\1_\2', re.sub(r'(.)([A-Z][a-z]+)', r'\1_\2', found[1]))
-    folder = data_dir / snake.lower() / (found[2] or '')
+    camel, config, version = found.groups()
+    # For tfds, MyData and my_data are the same.
+    snake = re.sub(r'(.)([A-Z][a-z]+)', r'\1_\2', camel)
+    snake = re.sub(r'([a-z\d])([A-Z])', r'\1_\2', snake)
+    folder = data_dir / snake.lower() / (config or '')
     try:
-        if not found[2] and not versions(folder):
-            # Of several configs tfds writes down which is the usual one.
-            usual = json.loads(read_regular(folder / '.config' / 'metadata.json'))
-            usual = usual.get('defaultConfigName', '')
-            if isinstance(usual, str) and re.fullmatch(r'\w[\w.-]*', usual):
-                folder = folder / usual
+        if not config and not _versions(folder):
+            # tfds notes which of several configs is the default.
+            default = json.loads(read_regular(folder / '.config' / 'metadata.json'))
+            default = default.get('defaultConfigName', '')
+            if isinstance(default, str) and re.fullmatch(r'\w[\w.-]*', default):
+                folder = folder / default
     except (FileNotFoundError, ValueError, AttributeError, RecursionError):
         pass
-    version = found[3] or next(iter(versions(folder)), None)
+    version = version or next(iter(_versions(folder)), None)
     if version is None or not (folder / version / 'features.json').is_file():
-        configs = sorted(x.name for x in folder.glob('[!.]*') if versions(x))
+        configs = sorted(x.name for x in folder.glob('[!.]*') if _versions(x))
         hint = f'name one of its configs {", ".join(configs)} after a /, or ' if configs else ''
         raise UserError(
             f'{name} is not prepared in {data_dir}; {hint}run tfds build '
-            f'{name}, or say where it is with ?data_dir=/path'
+            f'{name}, or name its folder with ?data_dir=/path'
         )
     return folder / version
 
 
-def versions(folder: Path) -> list[str]:
+def _versions(folder: Path) -> list[str]:
     """The versions in a dataset's folder, the latest first."""
     try:
         names = [x for x in os.listdir(folder) if re.fullmatch(r'\d+\.\d+\.\d+', x)]  # noqa: PTH208
@@ -214,11 +206,11 @@ def versions(folder: Path) -> list[str]:
     return sorted(names, key=lambda x: [int(i[:18]) for i in x.split('.')], reverse=True)
 
 
-def check_features(folder: Path) -> None:
-    """Make sure that a features.json names features of tensorflow_datasets alone.
+def _check_features(folder: Path) -> None:
+    """Refuse a features.json that names features outside tensorflow_datasets.
 
-    tfds imports the module of each class that the file names: whoever wrote it would choose which
-    code runs.
+    tfds imports the module of each class that the file names: whoever wrote the file would choose
+    which code runs.
 
     Raises:
       UserError: it names another, or cannot be read.
@@ -236,14 +228,17 @@ def check_features(folder: Path) -> None:
         for key, value in _pairs(content):
             if '/' in key or '\\' in key:
                 raise UserError(f'{file} names the feature {key!r}, which is no name')
-            named = key in ('pythonClassName', 'python_class_name', 'type')
-            if named and not (isinstance(value, str) and value in known):
-                if key == 'type' and not (isinstance(value, str) and '.' in value):
-                    continue  # a feature of this name
-                raise UserError(
-                    f'{file} names {value!r}, which is no feature of tensorflow_datasets itself: '
-                    'its code is not run; prepare the dataset with features of tfds alone'
-                )
+            if key not in ('pythonClassName', 'python_class_name', 'type'):
+                continue
+            is_text = isinstance(value, str)
+            if is_text and value in known:
+                continue
+            if key == 'type' and not (is_text and '.' in value):  # a feature that is called so
+                continue
+            raise UserError(
+                f'{file} names {value!r}, which is no feature of tensorflow_datasets itself: '
+                'its code is not run; prepare the dataset with features of tfds only'
+            )
     except OSError as error:
         raise UserError(f'{file} cannot be read ({error.strerror})') from error
     except (ValueError, RecursionError) as error:
@@ -252,12 +247,12 @@ def check_features(folder: Path) -> None:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError('a name comes twice')
+        raise ValueError('a name occurs twice')
     return dict(pairs)
 
 
 def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
-    """The keys and values of all dictionaries in JSON, also of JSON within its texts."""
+    """The keys and values of all dictionaries in JSON, and in JSON inside its strings."""
     waiting = [content]
     while waiting:
         part = waiting.pop()
@@ -273,20 +268,20 @@ def _pairs(content: Any) -> Iterator[tuple[str, Any]]:
                 continue
 
 
-def index_records(file: str) -> Iterator[tuple[int, int]]:
+def _index_records(file: str) -> Iterator[tuple[int, int]]:
     """(first byte, bytes) of every whole record of a TFRecord file.
 
     A record is its length (8 bytes), the length's checksum (4), its data, the data's checksum (4).
+
+    Raises:
+      OSError: it cannot be read.
     """
-    try:
-        with open_regular(file) as stream:
-            at, size = 0, stream.seek(0, 2)
-            while at + 16 <= size:
-                stream.seek(at)
-                (count,) = struct.unpack('<Q', stream.read(8))
-                if at + 16 + count > size:
-                    break
-                yield at + 12, count
-                at += 16 + count
-    except OSError as error:
-        raise UserError(f'{file} cannot be read ({error.strerror})') from error
+    with open_regular(file) as stream:
+        at, size = 0, stream.seek(0, 2)
+        while at + 16 <= size:
+            stream.seek(at)
+            (count,) = struct.unpack('<Q', stream.read(8))
+            if at + 16 + count > size:
+                break
+            yield at + 12, count
+            at += 16 + count

@@ -1,7 +1,7 @@
-"""Images in tar shards, as webdataset writes them.
+"""Images in tar shards, in webdataset's layout.
 
-Opening them makes an index of byte ranges; an image is then one seek and one read, in any order.
-Names inside an archive are text to be shown, never paths to be opened.
+Opening them makes an index of byte ranges; reading an image is then one seek and one read, in any
+order. Names inside an archive are only shown, never opened as paths.
 """
 
 import itertools
@@ -9,14 +9,14 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from swav_jax.data.images import RangeSource
-from swav_jax.data.listing import remembered, stamp
-from swav_jax.data.names import EXTENSIONS, Remarks, is_hidden, is_image, is_other_picture
+from swav_jax.data.listing import Remarks, Stamps, remembered, stamp
+from swav_jax.data.names import EXTENSIONS, is_hidden, is_image, is_other_picture
 from swav_jax.data.regular import absolute, open_regular
 from swav_jax.errors import UserError
 from swav_jax.terminal import printable
@@ -26,7 +26,8 @@ BLOCK = 512
 MAX_PADDING = 2**22  # zeros after which no further archive is looked for
 PACKED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'\x28\xb5\x2f\xfd': 'zstd'}
 KEY = re.compile(r'((?:.*/|)[^./]+)[.]([^/]*)', re.DOTALL)  # webdataset's base_plus_ext
-
+RANGE = re.compile(r'\{(\d{1,18})\.\.(\d{1,18})(?:\.\.-?(\d{1,18}))?\}')
+# Reasons for remarks.
 HIDDEN = 'left out hidden members'
 EXTRA = (
     'left out further images of a sample: of x.jpg, x.png and x.seg.png the first plain one counts'
@@ -36,17 +37,18 @@ NO_FILES = 'left out what is named as an image but is no whole file (sparse, a d
 OTHERS = 'left out pictures of formats that are not read; convert them to JPEG or PNG'
 SEVERAL = 'samples of several images, each of which counts'
 Entry = tuple[int, int, str, int]  # first byte, bytes, name, label or -1
+Note = Callable[[str, str], None]  # adds a remark: the reason, the member's name
 
 
 def open_webdataset(pattern: str, cache_dir: str | None) -> RangeSource:
-    """Uncompressed tar shards, numbered as in /path/{000..123}.tar; see `expand_braces`.
+    """Uncompressed tar shards, numbered like /path/{000..123}.tar; see `expand_braces`.
 
-    Members belong together as webdataset has it: a sample's key is the name up to the first dot of
-    its last part, the rest is the member's extension, in any case. The image of a sample is its
-    member with a plain extension of images, such as `jpg`; where there is none, all members whose
-    extension ends so (`IMG_2020.01.02.png`) are images. `KEY.cls`, a whole number, is the label of
-    `KEY`; without one, or with -1, an image is unlabelled. Links to members of the same shard are
-    followed. What is left out is said in `notes`.
+    Samples are webdataset's: the key is the name up to the first dot of its last part, the rest is
+    the member's extension, in any case. The image of a sample is its first member with a plain
+    image extension such as `jpg`; where there is none, all members that end with one
+    (`IMG_2020.01.02.png`) are images. `KEY.cls`, a whole number, is the label of `KEY`; without it,
+    or with -1, an image is unlabelled. Links to members of the same shard are followed. What is
+    left out is reported in `notes`.
 
     Raises:
       UserError: a shard is missing or is no whole tar file, a label is no number, or there is no
@@ -67,22 +69,15 @@ def open_webdataset(pattern: str, cache_dir: str | None) -> RangeSource:
         except OSError as error:
             raise UserError(f'{file} cannot be read ({error.strerror})') from error
 
-    def build() -> tuple[dict[str, Any], dict[str, list[int]]]:
+    def build() -> tuple[dict[str, Any], Stamps]:
         stamps, entries, remarks = {}, [], Remarks()
         for number, file in enumerate(files):
             stamps[file] = stamp(file)
-            entries += [[number, *entry] for entry in index_tar(file, remarks)]
+            entries += [[number, *entry] for entry in _index(file, remarks)]
         title = files[0] if len(files) == 1 else f'{len(files)} shards {pattern}'
         return {'entries': entries, 'notes': remarks.lines(title)}, stamps
 
-    def is_valid(found: Any) -> bool:
-        return all(
-            all(type(x) is int for x in (number, start, count, label))
-            and 0 <= number < len(files) and min(start, count) >= 0 and type(name) is str
-            for number, start, count, name, label in found['entries']
-        ) and all(type(note) is str for note in found['notes'])  # fmt: skip
-
-    found = remembered(f'webdataset:{files}', build, cache_dir, is_valid)
+    found = remembered(f'webdataset:{files}', build, cache_dir)
     entries, notes = found['entries'], [printable(note) for note in found['notes']]
     if not entries:
         raise UserError(
@@ -100,10 +95,10 @@ def open_webdataset(pattern: str, cache_dir: str | None) -> RangeSource:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """What bash makes of braces: 'a{08..10}b' is 'a08b', 'a09b', 'a10b'; of several, all pairs.
+    """Expand braces like bash: 'a{08..10}b' is 'a08b', 'a09b', 'a10b'; of several, all pairs.
 
     Known are ranges of numbers, also backwards and with a step as {0..10..2}, lists as {train,val},
-    and both inside of lists; other braces stay. `::` separates patterns, as webdataset has it.
+    and both inside lists; other braces stay. `::` separates patterns, like in webdataset.
 
     Raises:
       UserError: they are more than 100,000 names.
@@ -112,62 +107,51 @@ def expand_braces(pattern: str) -> list[str]:
     if max(map(len, parts)) > 4096:
         raise UserError('no path is longer than 4,096 characters')
     try:
-        return _bounded(pattern, (name for part in parts for name in _expand(part)))
+        return _bounded(name for part in parts for name in _expand(part))
     except RecursionError as error:
         raise UserError(f'{pattern} has braces within braces too often') from error
 
 
-def _bounded(pattern: str, names: Iterable[str]) -> list[str]:
+def _bounded(names: Iterable[str]) -> list[str]:
     found = list(itertools.islice(names, MAX_SHARDS + 1))
     if len(found) > MAX_SHARDS:
-        raise UserError(f'{pattern} names more than {MAX_SHARDS:,} shards')
+        raise UserError(f'these are more than {MAX_SHARDS:,} shards')
     return found
 
 
 def _expand(pattern: str) -> list[str]:
     parts: list[Sequence[str]] = []
-    at = literal = 0
+    at = 0
     while at < len(pattern):
-        end = _closing(pattern, at) if pattern[at] == '{' else None
-        choices = None if end is None else _choices(pattern[at + 1 : end])
+        choices, end = _choices(pattern, at) if pattern[at] == '{' else (None, at)
         if choices is None:
-            at += 1
-            continue
-        parts += [[pattern[literal:at]], choices]
-        at = literal = end + 1
-    parts.append([pattern[literal:]])
-    return _bounded(pattern, map(''.join, itertools.product(*parts)))
+            end = pattern.find('{', at + 1)
+            end = len(pattern) if end < 0 else end
+            choices = [pattern[at:end]]
+        parts.append(choices)
+        at = end
+    return _bounded(map(''.join, itertools.product(*parts)))
 
 
-def _closing(pattern: str, start: int) -> int | None:
-    """Where the brace that opens at `start` closes."""
-    depth = 0
-    for at in range(start, len(pattern)):
-        depth += {'{': 1, '}': -1}.get(pattern[at], 0)
-        if not depth:
-            return at
-    return None
-
-
-def _choices(inside: str) -> list[str] | None:
-    """What stands for {inside}; None if this is neither a range nor a list."""
-    found = re.fullmatch(r'(\d{1,18})\.\.(\d{1,18})(?:\.\.-?(\d{1,18}))?', inside)
-    if found:
+def _choices(pattern: str, start: int) -> tuple[list[str] | None, int]:
+    """What the brace at `start` stands for, None for itself; and where its end is."""
+    if found := RANGE.match(pattern, start):
         first, last, step = int(found[1]), int(found[2]), max(int(found[3] or 1), 1)
         numbers = range(first, last + 1, step) if first <= last else range(first, last - 1, -step)
         padded = any(len(end) > 1 and end[0] == '0' for end in found.group(1, 2))
         width = max(len(found[1]), len(found[2])) if padded else 0
-        return _bounded(f'{{{inside}}}', (str(i).zfill(width) for i in numbers))
-    items, depth = [''], 0
-    for letter in inside:
-        depth += {'{': 1, '}': -1}.get(letter, 0)
-        if letter == ',' and not depth:
-            items.append('')
-        else:
-            items[-1] += letter
-    if len(items) == 1:
-        return None
-    return _bounded(f'{{{inside}}}', (name for item in items for name in _expand(item)))
+        return _bounded(str(i).zfill(width) for i in numbers), found.end()
+    depth, edges = 0, [start]  # of the list's items
+    for at in range(start, len(pattern)):
+        depth += {'{': 1, '}': -1}.get(pattern[at], 0)
+        if not depth or (depth == 1 and pattern[at] == ','):
+            edges.append(at)
+        if not depth:
+            break
+    if depth or len(edges) == 2:
+        return None, start
+    items = [pattern[a + 1 : b] for a, b in itertools.pairwise(edges)]
+    return _bounded(name for item in items for name in _expand(item)), at + 1
 
 
 class Member(NamedTuple):
@@ -179,24 +163,27 @@ class Member(NamedTuple):
     target: str | None = None
 
 
-def index_tar(file: str, remarks: Remarks) -> list[Entry]:
+def _index(file: str, remarks: Remarks) -> list[Entry]:
     """The images of a tar file, in its order, each with its label.
 
     Raises:
       UserError: it is no tar file, is cut short or damaged, or a label is no number.
     """
+
+    def note(reason: str, name: str) -> None:
+        remarks.add(reason, f'{file}/{name}')
+
     try:
         with open_regular(file) as stream:
             magic = stream.read(BLOCK)
             for begin, kind in PACKED.items():
                 if magic.startswith(begin):
                     raise UserError(
-                        f'{file} is compressed ({kind}); unpack it, as an image in the middle '
+                        f'{file} is compressed ({kind}); unpack it, because an image in the middle '
                         'cannot be read otherwise'
                     )
-            members = list(read_members(file, stream, remarks))
-            samples = group(members, file, remarks)
-            return label(samples, file, stream)
+            samples = _samples(list(_members(stream, note)), note)
+            return sorted(x for sample in samples for x in _entries(sample, file, stream, note))
     # A damaged header can make tarfile fail in any way: a name of 1 TB, links to themselves.
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, MemoryError,
             RecursionError) as error:  # fmt: skip
@@ -205,7 +192,7 @@ def index_tar(file: str, remarks: Remarks) -> list[Entry]:
         ) from error
 
 
-def read_members(file: str, stream: BinaryIO, remarks: Remarks) -> Iterator[Member]:
+def _members(stream: BinaryIO, note: Note) -> Iterator[Member]:
     """The members of one or, one after another in the same file, several archives.
 
     Raises:
@@ -218,7 +205,7 @@ def read_members(file: str, stream: BinaryIO, remarks: Remarks) -> Iterator[Memb
         stream.seek(at)
         with tarfile.open(fileobj=stream, mode='r:') as archive:
             for member in archive:
-                archive.members = []  # they would be kept for nothing
+                archive.members = []  # tarfile would keep all of them
                 if member.offset < at or member.size < 0:
                     raise ValueError(f'damaged at byte {at}')
                 at = member.offset_data
@@ -231,7 +218,7 @@ def read_members(file: str, stream: BinaryIO, remarks: Remarks) -> Iterator[Memb
                 elif member.isreg() and not member.issparse():
                     yield Member(name, member.offset_data, member.size)
                 elif is_image(name) and not member.isdir():
-                    remarks.add(NO_FILES, f'{file}/{name}')
+                    note(NO_FILES, name)
             at = archive.offset
         stream.seek(at)
         if stream.read(2 * BLOCK) != bytes(2 * BLOCK):
@@ -241,68 +228,66 @@ def read_members(file: str, stream: BinaryIO, remarks: Remarks) -> Iterator[Memb
         at = size if more == len(padding) else at + 2 * BLOCK + more // BLOCK * BLOCK
 
 
-def group(members: Sequence[Member], file: str, remarks: Remarks) -> list[dict[str, Member]]:
-    """Samples in the archive's order: members by their extension in small letters."""
+def _samples(members: Sequence[Member], note: Note) -> list[dict[str, Member]]:
+    """The images and labels of each sample by their extension in small letters."""
     whole = {posixpath.normpath(x.name): x for x in members if x.target is None}
     links = {posixpath.normpath(x.name): x.target for x in members if x.target is not None}
     samples: list[dict[str, Member]] = []
     latest: dict[str, dict[str, Member]] = {}
     for member in members:
-        name = member.name
-        base = name.rpartition('/')[2]
-        found = KEY.fullmatch(name)
-        extension = found[2].lower() if found else ''
+        name, target = member.name, member.target
         if any(is_hidden(part) for part in name.split('/') if part not in ('.', '..')):
             if is_image(name):
-                remarks.add(HIDDEN, f'{file}/{name}')
+                note(HIDDEN, name)
             continue
-        if is_other_picture(base):
-            remarks.add(OTHERS, f'{file}/{name}')
-        if not found or not (is_image(base) or base.lower().endswith('.cls')):
+        if is_other_picture(name):
+            note(OTHERS, name)
+        found = KEY.fullmatch(name)
+        if not found or not name.lower().endswith((*EXTENSIONS, '.cls')):
             continue
-        target = member.target
         for _ in range(16):  # links to links
             target = links.get(target, target)
         if target is not None:
             if target not in whole:
-                remarks.add(LINKS, f'{file}/{name}')
+                note(LINKS, name)
                 continue
             member = member._replace(start=whole[target].start, count=whole[target].count)
-        sample = latest.get(found[1])
-        if sample is None or extension in sample:  # the same name again begins another sample
-            sample = latest[found[1]] = {}
-            samples.append(sample)
-        sample[extension] = member
-    for sample in samples:
-        plain = [extension for extension in sample if f'.{extension}' in EXTENSIONS]
-        for extension in [x for x in sample if plain and x != plain[0] and not x.endswith('cls')]:
-            remarks.add(EXTRA, f'{file}/{sample.pop(extension).name}')
-        if len(images := [x for x in sample if not x.endswith('cls')]) > 1:
-            remarks.add(SEVERAL, f'{file}/{sample[images[0]].name}')
+        key, extension = found[1], found[2].lower()
+        if key not in latest or extension in latest[key]:  # the same name begins another sample
+            latest[key] = {}
+            samples.append(latest[key])
+        latest[key][extension] = member
     return samples
 
 
-def label(samples: Sequence[dict[str, Member]], file: str, stream: BinaryIO) -> list[Entry]:
-    """The images of samples, in the archive's order, with the numbers that their .cls hold."""
-    entries = []
-    for sample in samples:
-        numbers = {
-            extension.removesuffix('cls'): read_number(file, sample.pop(extension), stream)
-            for extension in [x for x in sample if x.endswith('cls')]
-        }
-        for extension, x in sample.items():
-            # IMG_2020.01.02.cls belongs to IMG_2020.01.02.png; IMG_2020.cls to all of the sample.
-            own = extension.rpartition('.')[0]
-            number = numbers.get(f'{own}.' if own else '', numbers.get('', -1))
-            entries.append((x.start, x.count, x.name, number))
-    return sorted(entries)
+def _entries(sample: dict[str, Member], file: str, stream: BinaryIO, note: Note) -> Iterator[Entry]:
+    """The images of a sample with the labels that its .cls members hold."""
+    images = [extension for extension in sample if not extension.endswith('cls')]
+    plain = [extension for extension in images if f'.{extension}' in EXTENSIONS]
+    if plain:
+        for extension in images:
+            if extension != plain[0]:
+                note(EXTRA, sample[extension].name)
+        images = plain[:1]
+    elif len(images) > 1:
+        note(SEVERAL, sample[images[0]].name)
+    labels = {
+        extension.removesuffix('cls'): _read_label(file, member, stream)
+        for extension, member in sample.items()
+        if extension.endswith('cls')
+    }
+    for extension in images:
+        # IMG_2020.01.02.cls belongs to IMG_2020.01.02.png; IMG_2020.cls to all of the sample.
+        own, dot, _ = extension.rpartition('.')
+        member = sample[extension]
+        yield member.start, member.count, member.name, labels.get(own + dot, labels.get('', -1))
 
 
-def read_number(file: str, member: Member, stream: BinaryIO) -> int:
-    """The label that a member of a few bytes holds.
+def _read_label(file: str, member: Member, stream: BinaryIO) -> int:
+    """The label in a member of a few bytes.
 
     Raises:
-      UserError: it holds no whole number of 64 bits.
+      UserError: it is no whole number of 64 bits.
     """
     stream.seek(member.start)
     text = stream.read(min(member.count, 40)).decode('latin1').strip()
@@ -310,4 +295,4 @@ def read_number(file: str, member: Member, stream: BinaryIO) -> int:
         number = int(text.partition('.')[0])
         if -(2**63) <= number < 2**63:
             return number
-    raise UserError(f'{file}/{member.name} holds {text!r}, not a label as 7')
+    raise UserError(f'{file}/{member.name} holds {text!r}, not a label such as 7')
