@@ -13,7 +13,7 @@ from batches import demo, first_batches, settings
 from pictures import encode, picture
 from PIL import Image
 
-from swav_jax.data import decode, pipeline, sources
+from swav_jax.data import decode, pillow, pipeline, sources
 from swav_jax.data.bad_images import BadImages
 from swav_jax.data.images import FileSource
 from swav_jax.errors import UserError
@@ -241,7 +241,7 @@ def test_a_damaged_list_of_bad_images_ends_no_run(tmp_path, damage):
 def test_both_ways_of_decoding_see_the_same(tmp_path, size, kind):
     (tmp_path / 'a').write_bytes(encode(picture(*size), kind))
     source = FileSource([str(tmp_path / 'a')])
-    slow, original, weight = decode.decode_with_pil(source, 128, 3, 0)
+    slow, original, weight = pillow.decode_with_pil(source, 128, 3, 0)
     decoded, expected_original = decode.decode(tf.constant(source.read(0)), 128)
     expected = decode.shrink(decoded, 128).numpy().astype(int)
     assert weight == 1 and original.tolist() == expected_original.numpy().tolist() == list(size)

@@ -16,8 +16,9 @@ import tensorflow as tf
 from ml_collections import ConfigDict
 
 from swav_jax.data import boxes
-from swav_jax.data.decode import GRAY, Sample, add_pixels
+from swav_jax.data.decode import Sample, add_pixels
 from swav_jax.data.images import ArraySource, Source
+from swav_jax.data.pillow import GRAY
 from swav_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from swav_jax import augment
-from swav_jax.data import decode, pipeline
+from swav_jax.data import pillow, pipeline
 from swav_jax.data.images import ArraySource, Source
 from swav_jax.evaluate import clusters, knn
 from swav_jax.evaluate.extraction import Features
@@ -124,7 +124,7 @@ def thumbnail(source: Source, index: int, size: int = THUMBNAIL) -> np.ndarray:
         image = source.read(index)
     else:
         whole = max(4 * size, 256)  # a larger image comes as its middle, a smaller one as it is
-        image, _, _ = decode.decode_with_pil(source, whole, 3, index, centre=(whole, whole))
+        image, _, _ = pillow.decode_with_pil(source, whole, 3, index, centre=(whole, whole))
     picture = as_picture(image)
     side = min(picture.size)
     left, upper = (picture.width - side) // 2, (picture.height - side) // 2

@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from swav_jax.data.decode import is_readable
 from swav_jax.data.images import Source
+from swav_jax.data.pillow import is_readable
 from swav_jax.errors import UserError
 from swav_jax.terminal import printable
 
