@@ -1,12 +1,12 @@
 """From canvases and boxes to distorted crops, on the accelerator.
 
-What the official SwAV does with PIL and torchvision on the host, in its order: crop and resize,
-horizontal flip, colour jitter in a random order, grayscale, Gaussian blur, normalise. Pixels are
-float32 in [0, 1]: whole levels after the resize, as in the official code, and not rounded again.
-Saturation, hue and grayscale mean something for three channels only; images with other numbers of
-channels keep brightness and contrast.
+The operations that the official SwAV runs with PIL and torchvision on the host, in the same order:
+crop and resize, horizontal flip, colour jitter in a random order, grayscale, Gaussian blur,
+normalise. Pixels are float32 in [0, 1]: whole levels after the resize, like in the official code,
+and not rounded again. Saturation, hue and grayscale apply to three channels only; images with other
+numbers of channels get brightness and contrast.
 
-Everything is written for one crop and vmapped. All random numbers of an image come from (seed,
+Every function is written for one crop and vmapped. All random numbers of an image come from (seed,
 epoch, position in the epoch), so an image looks the same on any number of devices.
 """
 
@@ -35,9 +35,9 @@ class Distortion(NamedTuple):
 
     flip: Bool[Array, '']
     order: Int[Array, ' ops']
-    factors: Float[Array, '4']  # brightness, contrast, saturation: 1 is none; hue: in turns
+    factors: Float[Array, '4']  # brightness, contrast, saturation: 1 for none; hue: in turns
     gray: Bool[Array, '']
-    sigma: Float[Array, '']  # of the blur, in pixels; 0 is none
+    sigma: Float[Array, '']  # of the blur, in pixels; 0: no blur
 
 
 def multi_crop(
@@ -51,7 +51,7 @@ def multi_crop(
     """All crops of a batch, distorted and normalised.
 
     Args:
-      batch: as `data.pipeline.train_batches` describes it; B rows.
+      batch: B rows; see `data.pipeline.train_dataset`.
       seed: `config.seed`.
       data: `config.data`, for the crop groups and the normalisation.
       augment: `config.augment`.
@@ -92,7 +92,7 @@ def multi_crop(
 def center_crop(
     batch: Mapping[str, Array | np.ndarray], *, size: int, data: ConfigDict
 ) -> Float[Array, 'batch size size channels']:
-    """The batch's only box of each image, resized and normalised: what evaluation looks at."""
+    """The single box of each image, resized and normalised: the input of evaluation."""
 
     def render(image, box, valid):
         whole = jnp.concatenate([jnp.zeros(2), valid.astype(jnp.float32)])
@@ -134,7 +134,7 @@ def distort(
 def normalize(
     images: Float[Array, '*batch channels'], data: ConfigDict
 ) -> Float[Array, '*batch channels']:
-    """Subtracts `data.mean` and divides by `data.std`, one number a channel."""
+    """Subtract `data.mean` and divide by `data.std`, one number per channel."""
     return (images - jnp.float32(data.mean)) / jnp.float32(data.std)
 
 
@@ -147,24 +147,24 @@ def cut(
     size: int,
     bounds: Float[Array, '4'] | None = None,
 ) -> Float[Array, 'size size channels']:
-    """Crops `box` and resizes it to size × size as PIL's antialiased bilinear filter does.
+    """Crop `box` and resize it to size × size like PIL's antialiased bilinear filter.
 
     Args:
       image: levels 0 … 255.
       box: y0, x0, height, width in pixels; may be fractional.
       size: side of the result.
-      bounds: the pixels that may be read, as a box: the box itself unless given, as if the crop
-        were made first and resized then.
+      bounds: a box of the pixels that may be read; by default the box itself, as in cropping first
+        and resizing then.
 
     Returns:
-      Multiples of 1/255 in [0, 1]: the levels that PIL returns, give or take 1 where the exact
-      value lies between two.
+      Multiples of 1/255 in [0, 1]: PIL's levels, give or take 1 where the exact value lies between
+      two.
     """
     bounds = box if bounds is None else bounds
     rows = resize_weights(box[0], box[2], bounds[0], bounds[2], image.shape[0], size)
     columns = resize_weights(box[1], box[3], bounds[1], bounds[3], image.shape[1], size)
     image = image.astype(rows.dtype)
-    # PIL goes along the rows first and rounds to whole levels after each direction.
+    # PIL filters along the rows first and rounds to whole levels after each direction.
     narrow = jnp.einsum('hwc,tw->htc', image, columns, precision=PRECISION)
     narrow = jnp.floor(narrow + 0.5)
     crop = jnp.einsum('sh,htc->stc', rows, narrow, precision=PRECISION)
@@ -174,8 +174,8 @@ def cut(
 def resize_weights(start, extent, first, count, pixels: int, size: int) -> Float[Array, 's p']:
     """(size, pixels): row i averages the pixels around the centre of output pixel i.
 
-    A triangle of half-width max(extent / size, 1); only pixels in [first, first + count) count,
-    those at its ends by the share that lies inside.
+    The weights are a triangle of half-width max(extent / size, 1), cut to the pixels in
+    [first, first + count); a pixel at its ends counts by the fraction inside.
     """
     scale = extent / size
     centres = start + (jnp.arange(size, dtype=scale.dtype) + 0.5) * scale
@@ -204,8 +204,8 @@ def jitter(
     """torchvision's ColorJitter with given factors, in a given order.
 
     Brightness, contrast and saturation blend the image with black, with its mean gray level, and
-    with its gray image: `factor·image + (1 - factor)·other`, clipped. Since the order is traced,
-    each turn computes all of them and takes one.
+    with its gray image: `factor·image + (1 - factor)·other`, clipped. Because the order is traced,
+    each step computes all operations and selects one.
     """
     for operation in order:
         factor = factors[operation]
@@ -221,7 +221,7 @@ def jitter(
 
 
 def turn_hue(image: Float[Array, 'height width 3'], turn) -> Float[Array, 'height width 3']:
-    """Adds `turn` (in whole turns of the colour circle) to the hue; saturation and value stay."""
+    """Add `turn` (in whole turns of the colour circle) to the hue; saturation and value stay."""
     value = image.max(-1, keepdims=True)
     chroma = value - image.min(-1, keepdims=True)
     red, green, blue = image[..., :1], image[..., 1:2], image[..., 2:]
@@ -239,14 +239,14 @@ def turn_hue(image: Float[Array, 'height width 3'], turn) -> Float[Array, 'heigh
 def blur(
     image: Float[Array, 'size size channels'], sigma: Float[Array, ''], *, max_sigma: float
 ) -> Float[Array, 'size size channels']:
-    """Gaussian blur, cut off at four of the largest sigmas; the border pixel goes on outside."""
+    """Gaussian blur, cut off at four of the largest sigmas; border pixels are repeated outside."""
     weights = blur_weights(sigma, image.shape[0], reach=math.ceil(4 * max_sigma))
     image = jnp.einsum('sh,hwc->swc', weights, image, precision=PRECISION)
     return jnp.einsum('swc,tw->stc', image, weights, precision=PRECISION)
 
 
 def blur_weights(sigma, size: int, reach: int) -> Float[Array, 'size size']:
-    """(size, size): row i holds the weights of the pixels that make output pixel i."""
+    """(size, size): row i holds the weights of the pixels in output pixel i."""
     offset = jnp.arange(-reach, size + reach) - jnp.arange(size)[:, None]
     weights = jnp.exp(-0.5 * (offset / jnp.maximum(sigma, 1e-3)) ** 2)
     weights = jnp.where(jnp.abs(offset) <= reach, weights, 0)

@@ -1,4 +1,4 @@
-"""Where the crops lie: torchvision's distributions of boxes, for a batch at once.
+"""Boxes of the crops: torchvision's distributions, for a batch at once.
 
 A box is y0, x0, height, width in pixels of the original image.
 """
@@ -6,15 +6,15 @@ A box is y0, x0, height, width in pixels of the original image.
 import numpy as np
 import tensorflow as tf
 
-TRIES = 10  # RandomResizedCrop draws so many boxes before it takes the centre
+TRIES = 10  # boxes that RandomResizedCrop draws before it takes the centre
 RATIO = (3 / 4, 4 / 3)  # width over height
 
 
 def draw(seed: int, epoch: int, first: int, count: int, crops: int) -> np.ndarray:
-    """The random numbers of the boxes of `count` images at neighbouring positions of an epoch.
+    """Random numbers for the boxes of `count` images at consecutive positions of an epoch.
 
     Try t of crop c at position p is block number (p·crops + c)·TRIES + t of the counter-based
-    generator Philox4x64 whose key is (seed, epoch): any part of an epoch can be drawn by itself.
+    generator Philox4x64 with the key (seed, epoch), so any part of an epoch can be drawn alone.
 
     Returns:
       float64 (count, crops, TRIES, 4), uniform in [0, 1).
@@ -42,14 +42,14 @@ def random_resized(draws: tf.Tensor, sizes: tf.Tensor, scales: np.ndarray) -> tf
     box = tf.round(tf.stack([tf.sqrt(area / ratio), tf.sqrt(area * ratio)], -1))
     fits = tf.reduce_all((box > 0) & (box <= sizes), -1)
     corner = tf.floor(draws[..., 2:] * (sizes - box + 1))
-    first = tf.argmax(tf.cast(fits, tf.int32), -1)  # of equals, argmax takes the first
+    first = tf.argmax(tf.cast(fits, tf.int32), -1)  # argmax takes the first of equals
     chosen = tf.gather(tf.concat([corner, box], -1), first, batch_dims=2)
     fallback = largest_centred(sizes[:, 0])  # (B, 1, 4)
     return tf.where(tf.reduce_any(fits, -1, keepdims=True), chosen, fallback)
 
 
 def largest_centred(sizes: tf.Tensor) -> tf.Tensor:
-    """(…, 4): the largest box of an allowed ratio in the middle of images of `sizes` (…, 2)."""
+    """(…, 4): the largest centred box of an allowed ratio in images of `sizes` (…, 2)."""
     height, width = tf.unstack(sizes, axis=-1)
     tallest, widest = tf.round(width / RATIO[0]), tf.round(height * RATIO[1])
     box = tf.stack([tf.minimum(height, tallest), tf.minimum(width, widest)], -1)
@@ -67,6 +67,6 @@ def centre(sizes: tf.Tensor, resize: int, size: int) -> tf.Tensor:
 
 
 def to_canvas(boxes: tf.Tensor, original: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    """float32 (B, V, 4): boxes after a change of size, (B, 2), of the images."""
+    """float32 (B, V, 4): boxes after images were resized from `original` to `size`, (B, 2)."""
     scale = tf.cast(size, tf.float64) / tf.cast(original, tf.float64)
     return tf.cast(boxes * tf.tile(scale, [1, 2])[:, None], tf.float32)

@@ -1,4 +1,4 @@
-"""Images that a program holds, in any of the forms in which a notebook has them."""
+"""Images that a program holds in memory, in the forms that are common in notebooks."""
 
 import os
 import threading
@@ -20,7 +20,7 @@ FORMS = (
 
 
 class ItemSource(Source):
-    """One object an image: a path, the bytes of a file, a PIL image, a uint8 array."""
+    """One object per image: a path, the bytes of a file, a PIL image, a uint8 array."""
 
     def __init__(self, items: Sequence[str | bytes | Image.Image | np.ndarray]):
         super().__init__()
@@ -36,7 +36,7 @@ class ItemSource(Source):
         return item if isinstance(item, str) else f'images[{self.numbers[index]}]'
 
     def read(self, index: int) -> bytes | Image.Image:
-        """The bytes of a file; or a PIL image, loaded."""
+        """The bytes of a file, or a loaded PIL image."""
         item = self.items[index]
         if isinstance(item, str):
             return FileSource([item]).read(0)
@@ -58,10 +58,10 @@ def open_images(images: Any, channels: int) -> Source:
 
     Args:
       images: one image, or an iterable of images: a path; the bytes of an image file; a PIL image;
-        anything that numpy takes for a uint8 array (height, width) or (height, width, channels).
+        anything that numpy reads as a uint8 array (height, width) or (height, width, channels).
         Or uint8 (N, height, width, channels) or, of gray images, (N, height, width). The last axis
-        of an array is taken for channels if it is 1, 3, 4 or `channels` long.
-      channels: `config.data.channels`, that images have or can be converted to.
+        of an array holds channels if its length is 1, 3, 4 or `channels`.
+      channels: `config.data.channels`; images have as many or can be converted.
 
     Raises:
       UserError: it is something else, or nothing.
@@ -94,14 +94,9 @@ def _is_array(value: Any) -> bool:
 
 
 def _array(value: Any, name: str) -> np.ndarray:
-    """As a numpy array.
-
-    Raises:
-      UserError: it is on another device, or is none after all.
-    """
     try:
         return np.asarray(value)
-    except Exception as error:  # each library has its own
+    except Exception as error:  # on another device, for example; each library has its own
         reason = printable(str(error).strip().partition('\n')[0])
         raise UserError(f'{name} are no array that numpy can read: {reason}') from error
 
@@ -110,12 +105,14 @@ def _item(item: Any, name: str, channels: int) -> str | bytes | Image.Image | np
     """One image of a list.
 
     Raises:
-      UserError: it is none.
+      UserError: it is no image.
     """
     if isinstance(item, str | os.PathLike):
         path = os.fsdecode(os.path.expanduser(item))  # noqa: PTH111 (bytes and surrogates, too)
-        if os.path.isdir(path) or _is_spec(path):  # noqa: PTH112 (of a path too long: False)
-            spec = path if _is_spec(path) else f'folder:{path}'
+        kind, colon, _ = path.partition(':')
+        is_spec = colon and kind in KINDS and not os.path.exists(path)  # noqa: PTH110
+        if is_spec or os.path.isdir(path):  # noqa: PTH112 (of a path too long: False)
+            spec = path if is_spec else f'folder:{path}'
             raise UserError(f'{printable(path)} is no image file: use extract({printable(spec)!r})')
         return path
     if isinstance(item, bytes | bytearray | memoryview):
@@ -132,22 +129,17 @@ def _item(item: Any, name: str, channels: int) -> str | bytes | Image.Image | np
 
 
 def _refuse_file(value: Any, name: str) -> None:
-    """Refuse an open file, whose lines would be taken for images."""
+    """Refuse an open file, whose lines would count as images."""
     if hasattr(value, 'read'):
         kind = type(value).__name__
         raise UserError(f'{name} is an open file ({kind}): give its path or its bytes')
-
-
-def _is_spec(path: str) -> bool:
-    kind, colon, _ = path.partition(':')
-    return bool(colon) and kind in KINDS and not os.path.exists(path)  # noqa: PTH110
 
 
 def _batch(images: np.ndarray, channels: int) -> np.ndarray:
     """(N, height, width, channels) of an array of one or of several images.
 
     Raises:
-      UserError: it is none of images.
+      UserError: it holds no images.
     """
     what = f'images are {images.dtype}{list(images.shape)}'
     if images.ndim == 3 and images.shape[-1] in {1, 3, 4, channels}:
@@ -170,7 +162,7 @@ def _batch(images: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _checked(images: np.ndarray, name: str, channels: int, ndim: int) -> np.ndarray:
-    """An array with its channels last, which are 1 or 3 or `channels` then.
+    """An array with its channels last, of which there are then 1 or 3 or `channels`.
 
     Raises:
       UserError: it has another type or other axes.
@@ -186,7 +178,7 @@ def _checked(images: np.ndarray, name: str, channels: int, ndim: int) -> np.ndar
     if have == channels:
         return images
     if channels in (1, 3) and have in (1, 3, 4):
-        return images[..., :3]  # RGBA without A, as PIL converts
+        return images[..., :3]  # RGBA without A, like PIL converts
     if images.shape[-3] in {1, 3, 4, channels}:
         raise UserError(f'{what}, channels first: move them last, np.moveaxis(x, -3, -1)')
     allowed = '1, 3 or 4' if channels in (1, 3) else channels

@@ -1,9 +1,9 @@
 """From a source to batches: read, decode once onto a uint8 canvas, sample the crops' boxes.
 
 The accelerator cuts the crops (`augment`), so the host only reads and decodes. A batch is a pure
-function of (seed, step, global batch size): the order of an epoch is one permutation that seed and
-epoch make, and every random number comes from (seed, epoch, position in the epoch). A run can hence
-start at any step without reading what came before, on any number of processes.
+function of (seed, step, global batch size): seed and epoch determine the permutation of an epoch,
+and (seed, epoch, position in the epoch) every random number. A run can therefore start at any step
+without reading what came before, on any number of processes.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ Batch = dict[str, np.ndarray]
 
 
 def train_batches(source: Source, data: ConfigDict, **kwargs) -> Iterator[Batch]:
-    """The batches of `train_dataset`, which has the arguments, as numpy arrays."""
+    """The batches of `train_dataset`, with its arguments, as numpy arrays."""
     return train_dataset(source, data, **kwargs).as_numpy_iterator()
 
 
@@ -41,8 +41,8 @@ def train_dataset(
 ) -> tf.data.Dataset:
     """This process's rows of the global batches of steps first_step, first_step + 1, … for ever.
 
-    Step s of epoch e holds positions s·G … s·G + G - 1 of the epoch's permutation; what is left
-    at the end of an epoch is dropped.
+    Step s of epoch e holds positions s·G … s·G + G - 1 of the epoch's permutation; the rest of an
+    epoch is dropped.
 
     Args:
       source: the images.
@@ -75,16 +75,18 @@ def train_dataset(
     rows = global_batch // process_count
     steps_per_epoch = len(source) // global_batch
     scales = np.repeat(np.array(data.crop_scales, np.float64), data.num_crops, axis=0)
-    look_up = functools.partial(_look_up, len(source), seed)
     draw = functools.partial(boxes.draw, seed, count=rows, crops=len(scales))
 
     _make_devices()
+
+    def order(epoch: np.integer, positions: np.ndarray) -> np.ndarray:
+        return permutation(len(source), seed, int(epoch))[positions]
 
     def samples(step: tf.Tensor) -> tf.data.Dataset:
         epoch = step // steps_per_epoch
         first = (step % steps_per_epoch) * global_batch + process_index * rows
         position = first + tf.range(rows, dtype=tf.int64)
-        index = tf.numpy_function(look_up, [epoch, position], tf.int64, stateful=False)
+        index = tf.numpy_function(order, [epoch, position], tf.int64, stateful=False)
         return tf.data.Dataset.from_tensor_slices(
             {
                 'epoch': tf.repeat(epoch, rows),
@@ -109,9 +111,9 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every image once, in order, with one box: torchvision's Resize(resize), CenterCrop(size).
 
-    The batches are `train_batches`', with one box an image and epoch 0. The last one is filled up
-    to `batch_size` with gray canvases of weight 0 and index -1. Of an image that is larger than the
-    canvas there is only what the box reads, at its own size; the canvas of files is therefore at
+    Batches are like those of `train_batches`, with one box an image and epoch 0. The last one is
+    filled up to `batch_size` with gray canvases of weight 0 and index -1. An image larger than the
+    canvas is reduced to what the box reads, at its final size; the canvas of files is therefore at
     least resize × resize.
 
     Raises:
@@ -144,34 +146,31 @@ def _batch(
     canvas_size: int,
     channels: int,
 ) -> tf.data.Dataset:
-    """Batches samples onto canvases, and adds the boxes that `cut` finds."""
+    """Batch samples onto canvases, and add the boxes that `cut` returns."""
 
     def finish(batch: Sample) -> Sample:
         found = boxes.to_canvas(cut(batch), batch.pop('original_size'), batch['size'])
         numbers = {key: tf.cast(batch[key], tf.int32) for key in ('epoch', 'position', 'index')}
         return batch | numbers | {'boxes': found}
 
-    shapes = dict(tf.compat.v1.data.get_output_shapes(dataset))
+    shapes = {key: spec.shape for key, spec in dataset.element_spec.items()}
     shapes['image'] = (canvas_size, canvas_size, channels)
-    # Padding while batching writes each pixel once; a canvas of its own for each image costs a
-    # third of the decoding.
-    dataset = dataset.padded_batch(rows, shapes).map(finish).prefetch(2)
-    options = tf.data.Options()
-    options.deterministic = True
-    return dataset.with_options(options)
+    # Padding while batching writes each pixel once; a separate canvas for each image costs a third
+    # of the time of decoding.
+    return dataset.padded_batch(rows, shapes).map(finish).prefetch(2)
 
 
 @functools.cache
 def _make_devices() -> None:
-    """Make TensorFlow's devices, unless they are there, as an input beside JAX needs them.
+    """Initialise TensorFlow's devices, unless they are already, for use beside JAX.
 
-    They are made once in a process, when TensorFlow first computes. It would take a GPU's whole
-    memory, which is the training's: GPUs are hidden here and not at import, so that a program with
-    work of its own for TensorFlow on a GPU keeps it, if that comes first. And with malloc, every
-    batch of 50 MB is new memory that the kernel has to clear, which costs half as much as the
-    decoding; the variable that says so is read now and put back.
+    TensorFlow initialises them once, with its first computation, and would take the whole memory of
+    a GPU, which training needs. GPUs are hidden here and not at import, so that a program that has
+    used TensorFlow on a GPU before keeps it. The allocator is chosen at the same time: with malloc,
+    every batch of 50 MB is new memory that the kernel has to clear, which takes half as long as
+    decoding.
     """
-    with contextlib.suppress(RuntimeError):  # they are made
+    with contextlib.suppress(RuntimeError):  # they are initialised
         tf.config.set_visible_devices([], 'GPU')
     name = 'TF_CPU_ALLOCATOR_USE_BFC'
     given = name in os.environ
@@ -197,7 +196,3 @@ def _fill(batch: Batch, rows: int) -> Batch:
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: int64 (count,)."""
     return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def _look_up(count: int, seed: int, epoch: np.integer, positions: np.ndarray) -> np.ndarray:
-    return permutation(count, seed, int(epoch))[positions]
