@@ -111,9 +111,6 @@ def test_starting_at_step_a_million_reads_only_its_batch(tmp_path):
             reads.append(index)
             return read(source, index)
 
-        def _select(self, indices):
-            raise AssertionError
-
     (batch,) = first_batches(Counting(), 1, data=settings(64, 3), first_step=10**6)
     assert (batch['epoch'] == 10**6).all() and len(reads) <= 8 * 64  # what is prefetched, no more
 

@@ -12,10 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from swav_jax.data.images import ArraySource, FileSource, Source
-from swav_jax.data.pillow import decode_with_pil
+from swav_jax.data.pillow import LARGE_BYTES, decode_with_pil
 
 Sample = dict[str, tf.Tensor]
-FAST_PIXELS, FAST_BYTES = 2**22, 2**24  # of an image and its file: larger ones go through Pillow
+FAST_PIXELS = 2**22  # larger images go through Pillow
 
 
 def add_pixels(
@@ -102,14 +102,14 @@ def add_pixels(
 
 
 def _are_small(source: Source, indices: np.ndarray) -> np.ndarray:
-    """bool (N,): which images are regular files, or parts of them, of at most FAST_BYTES."""
+    """bool (N,): which images are regular files, or parts of them, that are not large."""
 
     def is_small(index: int) -> bool:
         try:
             extent = source.extent(index)
         except (OSError, ValueError):  # ValueError: a zero in the path
             return False
-        return extent is None or extent[2] <= FAST_BYTES
+        return extent is None or extent[2] <= LARGE_BYTES
 
     return np.array([is_small(i) for i in indices.tolist()])
 

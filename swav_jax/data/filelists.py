@@ -1,5 +1,6 @@
 """Lists of image files: text in the forms that people write, and VISSL's .npy."""
 
+import contextlib
 import csv
 import os
 import re
@@ -89,11 +90,7 @@ def _is_name(name: str) -> bool:
 
 
 def _place(names: Sequence[str], file: Path, options: dict[str, str]) -> list[str]:
-    """The whole paths of a list's names, VISSL's prefixes replaced.
-
-    Raises:
-      UserError: one leaves the folder that it should be below, or none has the prefix.
-    """
+    """The whole paths of a list's names, VISSL's prefixes replaced."""
     old, new = (options.get(name, '') for name in OPTIONS[1:])
     if old and not any(name.startswith(old) for name in names):
         raise UserError(
@@ -117,21 +114,17 @@ def _read_text(file: Path) -> str:
     """The text of a list: UTF-8 with or without a mark, or UTF-16 with one.
 
     Names that are not UTF-8 keep their bytes, as in Python's file names.
-
-    Raises:
-      UserError: it cannot be read or is no text.
     """
+    data = read_regular(file)
     try:
-        data = read_regular(file)
         if data.startswith((b'\xff\xfe', b'\xfe\xff')):
             text = data.decode('utf-16')
         else:
             text = data.removeprefix(b'\xef\xbb\xbf').decode('utf-8', 'surrogateescape')
-        if '\0' in text:
-            raise ValueError
-    except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or 'not UTF-8 text'
-        raise UserError(f'{file} cannot be read ({reason})') from error
+    except UnicodeError:
+        text = '\0'
+    if '\0' in text:
+        raise UserError(f'{file} cannot be read (not UTF-8 text)')
     return text
 
 
@@ -232,9 +225,6 @@ def _number_words(
     Args:
       words: the written labels; None for nothing.
       lines: their line numbers, for messages.
-
-    Raises:
-      UserError: numbers and names, or numbers that are not whole or not of 64 bits.
     """
     known = {x for x in words if x is not None and x.lower() not in UNKNOWN}
     if not known:
@@ -264,22 +254,18 @@ def _number_words(
     notes = []
     if missing := sum(word not in values for word in words):
         notes.append(f'{missing:,} of {len(words):,} images have no label and count as unlabelled')
-    smallest, largest = min([-1 if missing else 0, *values.values()]), max(values.values())
-    if smallest < -(2**63) or (smallest < 0 and largest >= 2**63):
-        raise UserError(
-            'labels must fit 64 bits: above 2^63 - 1 none may be negative or missing; number the '
-            'classes from 0'
-        )
-    kind = np.int64 if largest < 2**63 else np.uint64
-    return np.array([values.get(word, -1) for word in words], kind), names or None, notes
+    labels = [values.get(word, -1) for word in words]
+    for kind in (np.int64, np.uint64):
+        with contextlib.suppress(OverflowError):
+            return np.array(labels, kind), names or None, notes
+    raise UserError(
+        'labels must fit 64 bits: above 2^63 - 1 none may be negative or missing; number the '
+        'classes from 0'
+    )
 
 
 def _load_labels(file: Path) -> np.ndarray:
-    """Labels of a .npy file: whole numbers of any type, NaN for an unknown one.
-
-    Raises:
-      UserError: the file cannot be read or holds something else.
-    """
+    """Labels of a .npy file: whole numbers of any type, NaN for an unknown one."""
     labels = _load_npy(file, 'iubf')
     if labels.dtype.kind == 'f':
         whole = np.isfinite(labels) & (np.abs(labels) < 2**53) & (labels == np.trunc(labels))
@@ -295,18 +281,15 @@ def _load_npy(file: Path, kinds: str) -> np.ndarray:
     """A one-dimensional array of a .npy file whose dtype is one of `kinds`.
 
     Arrays of Python objects are refused: loading them could run code.
-
-    Raises:
-      UserError: the file is missing or holds something else.
     """
+    open_regular(file).close()
     try:
-        with open_regular(file):
-            # A map of the file, because a header with sizes beyond the file's cannot be mapped.
-            array = np.load(file, allow_pickle=False, mmap_mode='r')
+        # A map of the file, because a header with sizes beyond the file's cannot be mapped.
+        array = np.load(file, allow_pickle=False, mmap_mode='r')
     except Exception as error:  # numpy has many for a damaged header
-        reason = getattr(error, 'strerror', None) or 'not a .npy array, or one of Python objects'
         raise UserError(
-            f'{file} cannot be read ({reason}); save a list as numpy.save(file, numpy.array(list))'
+            f'{file} cannot be read (not a .npy array, or one of Python objects); save a list as '
+            'numpy.save(file, numpy.array(list))'
         ) from error
     if not isinstance(array, np.ndarray):
         array.close()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from swav_jax.data.images import FileSource
-from swav_jax.data.listing import Remarks, Stamps, remembered, some, stamp
+from swav_jax.data.listing import OTHER_FORMATS, Remarks, Stamps, remembered, some, stamp
 from swav_jax.data.names import EXTENSIONS, is_hidden, is_image, is_other_picture
 from swav_jax.data.regular import absolute
 from swav_jax.errors import UserError
@@ -24,7 +24,6 @@ HIDDEN_FILES = 'left out hidden files that are named as images'
 RUNS = 'left out folders of runs with their pictures'
 PREVIEWS = 'left out pictures that swav_jax.commands.preview drew'
 NO_FILES = 'left out what is named as an image but is no file (a pipe, a device, a broken link)'
-OTHERS = 'left out pictures of formats that are not read; convert them to JPEG or PNG'
 BESIDE = (
     'left out images beside the class folders, as torchvision does; move them into one to use them'
 )
@@ -203,7 +202,7 @@ class _Scan:
         if is_folder:
             return HIDDEN if hidden else None
         if is_other_picture(entry.name) and not hidden:
-            return OTHERS
+            return OTHER_FORMATS
         if not is_image(entry.name):
             return None
         if hidden:

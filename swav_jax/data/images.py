@@ -24,16 +24,23 @@ READERS = 32  # threads, because a network file system answers slowly
 class Source(abc.ABC):
     """Images by number, 0 … len - 1.
 
+    A kind of storage names in `PER_IMAGE` its attributes with one entry per image.
+
     Args:
       labels: (len,) whole numbers, -1 where the class is unknown; None for no labels.
       class_names: names of the labels 0, 1, …; None where labels are ids of any kind.
       notes: lines for the user, such as what was left out and why.
+
+    Raises:
+      ValueError: labels are not whole numbers of 64 bits, or one has no name.
 
     Attributes:
       class_names: the name of each label, an id's digits where there are no names; None without
         labels.
       class_ids: (C,) the numbers that the data use for the classes: 0, 1, … or the ids.
     """
+
+    PER_IMAGE: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -59,10 +66,6 @@ class Source(abc.ABC):
         Raises:
           OSError: the file is missing or cannot be read.
         """
-
-    @abc.abstractmethod
-    def _select(self, indices: np.ndarray) -> None:
-        """Keep these images only, in this order."""
 
     def extent(self, index: int) -> tuple[str, int, int] | None:
         """(path, first byte, bytes) of a stored image; None for one in memory.
@@ -133,7 +136,11 @@ class Source(abc.ABC):
         taken = copy.copy(self)
         if taken._labels is not None:
             taken._labels = taken._labels[indices]
-        taken._select(indices)
+        for attribute in self.PER_IMAGE:
+            entries = getattr(self, attribute)
+            is_array = isinstance(entries, np.ndarray)
+            chosen = entries[indices] if is_array else [entries[i] for i in indices]
+            setattr(taken, attribute, chosen)
         return taken
 
     def relabel(self, labels: np.ndarray, class_names: list[str]) -> 'Source':
@@ -146,6 +153,8 @@ class Source(abc.ABC):
 
 class ArraySource(Source):
     """Images of one size in memory: uint8 (N, height, width, channels)."""
+
+    PER_IMAGE = ('images', 'numbers')
 
     def __init__(self, title: str, images: np.ndarray, labels=None, class_names=None):
         super().__init__(labels, class_names)
@@ -168,9 +177,6 @@ class ArraySource(Source):
         yield repr(self.images.shape).encode()
         yield from map(np.ascontiguousarray, self.images)
 
-    def _select(self, indices: np.ndarray) -> None:
-        self.images, self.numbers = self.images[indices], self.numbers[indices]
-
 
 class FileSource(Source):
     """One file per image.
@@ -180,6 +186,8 @@ class FileSource(Source):
       labels, class_names, notes: see `Source`.
       root: the beginning of paths that `digest` leaves out.
     """
+
+    PER_IMAGE = ('paths',)
 
     def __init__(
         self, paths: Sequence[str], labels=None, class_names=None, notes=(), *, root: str = ''
@@ -214,9 +222,6 @@ class FileSource(Source):
     def _identity(self) -> Iterator[bytes]:
         yield _join(path.removeprefix(self.root) for path in self.paths)
 
-    def _select(self, indices: np.ndarray) -> None:
-        self.paths = [self.paths[i] for i in indices]
-
 
 class RangeSource(Source):
     """Images one after another in large files: tar shards, record files.
@@ -227,6 +232,8 @@ class RangeSource(Source):
       names: of the images inside their files.
       labels, class_names, notes: see `Source`.
     """
+
+    PER_IMAGE = ('ranges', 'names')
 
     def __init__(
         self,
@@ -267,10 +274,6 @@ class RangeSource(Source):
         yield _join(self.names)
         yield np.ascontiguousarray(self.ranges).tobytes()
 
-    def _select(self, indices: np.ndarray) -> None:
-        self.ranges = self.ranges[indices]
-        self.names = [self.names[i] for i in indices]
-
 
 def _join(names: Iterable[str]) -> bytes:
     return '\0'.join(names).encode('utf-8', 'surrogatepass') + b'\0\0'
@@ -279,11 +282,7 @@ def _join(names: Iterable[str]) -> bytes:
 def _number_classes(
     labels: np.ndarray | None, class_names: Sequence[str] | None
 ) -> tuple[np.ndarray | None, list[str] | None, np.ndarray | None]:
-    """`Source`'s labels, class_names and class_ids.
-
-    Raises:
-      ValueError: labels are not whole numbers of 64 bits, or one has no name.
-    """
+    """`Source`'s labels, class_names and class_ids."""
     if labels is None:
         return None, None, None
     labels = np.asarray(labels)

@@ -22,6 +22,8 @@ FORMS = (
 class ItemSource(Source):
     """One object per image: a path, the bytes of a file, a PIL image, a uint8 array."""
 
+    PER_IMAGE = ('items', 'numbers')
+
     def __init__(self, items: Sequence[str | bytes | Image.Image | np.ndarray]):
         super().__init__()
         self.items, self.numbers = items, np.arange(len(items))
@@ -47,10 +49,6 @@ class ItemSource(Source):
         with self._lock:  # one image may be in the list twice, and PIL loads it in place
             item.load()
         return item
-
-    def _select(self, indices: np.ndarray) -> None:
-        self.items = [self.items[i] for i in indices]
-        self.numbers = self.numbers[indices]
 
 
 def open_images(images: Any, channels: int) -> Source:
@@ -102,11 +100,7 @@ def _array(value: Any, name: str) -> np.ndarray:
 
 
 def _item(item: Any, name: str, channels: int) -> str | bytes | Image.Image | np.ndarray:
-    """One image of a list.
-
-    Raises:
-      UserError: it is no image.
-    """
+    """One image of a list."""
     if isinstance(item, str | os.PathLike):
         path = os.fsdecode(os.path.expanduser(item))  # noqa: PTH111 (bytes and surrogates, too)
         kind, colon, _ = path.partition(':')
@@ -136,11 +130,7 @@ def _refuse_file(value: Any, name: str) -> None:
 
 
 def _batch(images: np.ndarray, channels: int) -> np.ndarray:
-    """(N, height, width, channels) of an array of one or of several images.
-
-    Raises:
-      UserError: it holds no images.
-    """
+    """(N, height, width, channels) of an array of one or of several images."""
     what = f'images are {images.dtype}{list(images.shape)}'
     if images.ndim == 3 and images.shape[-1] in {1, 3, 4, channels}:
         images = images[None]
@@ -162,11 +152,7 @@ def _batch(images: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _checked(images: np.ndarray, name: str, channels: int, ndim: int) -> np.ndarray:
-    """An array with its channels last, of which there are then 1 or 3 or `channels`.
-
-    Raises:
-      UserError: it has another type or other axes.
-    """
+    """An array with its channels last, of which there are then 1 or 3 or `channels`."""
     what = f'{name} {"are" if ndim == 4 else "is"} {images.dtype}{list(images.shape)}'
     if images.dtype != np.uint8:
         raise UserError(

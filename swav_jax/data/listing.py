@@ -17,6 +17,8 @@ Stamps = dict[str, list[int]]
 RULES = 4  # raise it when other files are listed than before, so that no old listing is used
 SETTLED_S = 2.0  # the coarsest clock of a file system
 SHOWN = 3  # names in a line
+# A reason that folders and archives share.
+OTHER_FORMATS = 'left out pictures of formats that are not read; convert them to JPEG or PNG'
 
 
 def some(names: Iterable[str], count: int, shown: int = SHOWN) -> str:

@@ -24,7 +24,7 @@ from swav_jax.terminal import printable
 GRAY = 128  # level of the canvas in place of an unreadable image
 MAX_PIXELS = 89_478_485  # Pillow's limit, above which an image may be a decompression bomb
 MAX_MEMORY = 2**30  # bytes that decoding one image may take
-LARGE_BYTES = 2**24  # of a file: larger ones are read one at a time
+LARGE_BYTES = 2**24  # of a file: larger ones are read here, one at a time
 FORMATS = ['JPEG', 'PNG', 'BMP', 'GIF', 'WEBP', 'PPM', 'TIFF']  # not those that run programs
 if features.check('avif'):
     FORMATS.append('AVIF')

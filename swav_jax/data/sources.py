@@ -63,7 +63,7 @@ def open_source(
     except (OSError, ValueError, MemoryError) as error:
         reason = str(error) or 'the images need more memory than there is'
         if isinstance(error, OSError) and error.filename:
-            reason = f'{error.filename}: {error.strerror}'
+            reason = f'{error.filename} cannot be read ({error.strerror})'
         raise UserError(f'{setting}={spec!r}: {printable(reason)}') from error
     if 0 < limit < len(source):
         source = source.take(np.arange(limit) * len(source) // limit)

@@ -65,13 +65,7 @@ class TfdsSource(RangeSource):
         return image
 
     def _value(self, index: int, key: str, kind: str) -> Any:
-        """The first value of an example's feature; None if there is none or the record is damaged.
-
-        Args:
-          index: of the example.
-          key: of the feature.
-          kind: the list of tf.train.Feature that holds the values.
-        """
+        """The first value of a feature, in its list `kind`; None if there is none or no example."""
         import tensorflow as tf  # slow to load, and only this kind of source needs it
         from google.protobuf.message import DecodeError
 
@@ -127,14 +121,8 @@ def open_tfds(spec: str, cache_dir: str | None) -> TfdsSource:
         raise UserError(f'{name} has no images; its features are {", ".join(features)}')
 
     def build() -> tuple[list, Stamps]:
-        indices, stamps = [], {}
-        for file in files:
-            try:
-                stamps[file] = stamp(file)
-                indices.append(list(_index_records(file)))
-            except OSError as error:
-                raise UserError(f'{file} cannot be read ({error.strerror})') from error
-        return indices, stamps
+        stamps = {file: stamp(file) for file in files}
+        return [list(_index_records(file)) for file in files], stamps
 
     indices = remembered(f'tfds:{files}', build, cache_dir)
     ranges, names = [], []
@@ -162,11 +150,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _find(name: str, data_dir: Path) -> Path:
-    """The folder of a prepared dataset: DATA_DIR/NAME[/CONFIG]/VERSION.
-
-    Raises:
-      UserError: there is none.
-    """
+    """The folder of a prepared dataset: DATA_DIR/NAME[/CONFIG]/VERSION."""
     found = NAME.fullmatch(name)
     if not found:
         raise UserError(
@@ -211,9 +195,6 @@ def _check_features(folder: Path) -> None:
 
     tfds imports the module of each class that the file names: whoever wrote the file would choose
     which code runs.
-
-    Raises:
-      UserError: it names another, or cannot be read.
     """
     import tensorflow_datasets as tfds
 
@@ -239,8 +220,6 @@ def _check_features(folder: Path) -> None:
                 f'{file} names {value!r}, which is no feature of tensorflow_datasets itself: '
                 'its code is not run; prepare the dataset with features of tfds only'
             )
-    except OSError as error:
-        raise UserError(f'{file} cannot be read ({error.strerror})') from error
     except (ValueError, RecursionError) as error:
         raise UserError(f'{file} is damaged ({_first_line(error)})') from error
 
@@ -272,9 +251,6 @@ def _index_records(file: str) -> Iterator[tuple[int, int]]:
     """(first byte, bytes) of every whole record of a TFRecord file.
 
     A record is its length (8 bytes), the length's checksum (4), its data, the data's checksum (4).
-
-    Raises:
-      OSError: it cannot be read.
     """
     with open_regular(file) as stream:
         at, size = 0, stream.seek(0, 2)

@@ -204,7 +204,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
             raise ValueError(f'{path.name} is no IDX file of bytes with {rank} dimensions')
         shape = struct.unpack(f'>{rank}i', file.read(4 * rank))
         if min(shape) < 0 or (count := math.prod(shape)) > MAX_UNPACKED:
-            raise ValueError(f'{path.name} states {list(shape)} bytes, more than are read')
+            raise ValueError(f'{path.name} has the impossible size {list(shape)}')
         data = file.read(count)
         if len(data) != count or file.read(1):
             raise ValueError(f'{path.name} does not hold {list(shape)} bytes')

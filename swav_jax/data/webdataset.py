@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from swav_jax.data.images import RangeSource
-from swav_jax.data.listing import Remarks, Stamps, remembered, stamp
+from swav_jax.data.listing import OTHER_FORMATS, Remarks, Stamps, remembered, stamp
 from swav_jax.data.names import EXTENSIONS, is_hidden, is_image, is_other_picture
 from swav_jax.data.regular import absolute, open_regular
 from swav_jax.errors import UserError
@@ -34,7 +34,6 @@ EXTRA = (
 )
 LINKS = 'left out linked images whose target is not in the same shard'
 NO_FILES = 'left out what is named as an image but is no whole file (sparse, a device)'
-OTHERS = 'left out pictures of formats that are not read; convert them to JPEG or PNG'
 SEVERAL = 'samples of several images, each of which counts'
 Entry = tuple[int, int, str, int]  # first byte, bytes, name, label or -1
 Note = Callable[[str, str], None]  # adds a remark: the reason, the member's name
@@ -66,8 +65,6 @@ def open_webdataset(pattern: str, cache_dir: str | None) -> RangeSource:
             raise UserError(
                 f'there is no shard {file}; write a range of numbers as /path/{{000..123}}.tar'
             ) from error
-        except OSError as error:
-            raise UserError(f'{file} cannot be read ({error.strerror})') from error
 
     def build() -> tuple[dict[str, Any], Stamps]:
         stamps, entries, remarks = {}, [], Remarks()
@@ -164,11 +161,7 @@ class Member(NamedTuple):
 
 
 def _index(file: str, remarks: Remarks) -> list[Entry]:
-    """The images of a tar file, in its order, each with its label.
-
-    Raises:
-      UserError: it is no tar file, is cut short or damaged, or a label is no number.
-    """
+    """The images of a tar file, in its order, each with its label."""
 
     def note(reason: str, name: str) -> None:
         remarks.add(reason, f'{file}/{name}')
@@ -193,11 +186,7 @@ def _index(file: str, remarks: Remarks) -> list[Entry]:
 
 
 def _members(stream: BinaryIO, note: Note) -> Iterator[Member]:
-    """The members of one or, one after another in the same file, several archives.
-
-    Raises:
-      ValueError: there is none, or one does not end with two blocks of zeros, or goes backwards.
-    """
+    """The members of one or, one after another in the same file, several archives."""
     at, size = 0, stream.seek(0, 2)
     if not size:
         raise ValueError('it is empty')
@@ -241,7 +230,7 @@ def _samples(members: Sequence[Member], note: Note) -> list[dict[str, Member]]:
                 note(HIDDEN, name)
             continue
         if is_other_picture(name):
-            note(OTHERS, name)
+            note(OTHER_FORMATS, name)
         found = KEY.fullmatch(name)
         if not found or not name.lower().endswith((*EXTENSIONS, '.cls')):
             continue
@@ -284,11 +273,7 @@ def _entries(sample: dict[str, Member], file: str, stream: BinaryIO, note: Note)
 
 
 def _read_label(file: str, member: Member, stream: BinaryIO) -> int:
-    """The label in a member of a few bytes.
-
-    Raises:
-      UserError: it is no whole number of 64 bits.
-    """
+    """The label in a member of a few bytes: a whole number of 64 bits."""
     stream.seek(member.start)
     text = stream.read(min(member.count, 40)).decode('latin1').strip()
     if re.fullmatch(r'[+-]?\d{1,19}(\.0*)?', text) and member.count <= 40:
