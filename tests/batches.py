@@ -26,3 +26,19 @@ def first_batches(source, count, *, data=None, seed=0, global_batch=8, first_ste
 
 def demo(limit=0):
     return sources.open_source('demo', limit=limit, channels=1)
+
+
+def evaluated(source, channels, canvas):
+    """(canvas, height and width of the picture, weight) by number, as evaluation has them."""
+    found = {}
+    for batch in pipeline.eval_batches(
+        source, canvas_size=canvas, channels=channels, resize=32, size=32, batch_size=7
+    ):
+        for index, image, size, weight in zip(
+            *(batch[key] for key in ('index', 'image', 'size', 'weight')), strict=True
+        ):
+            if index >= 0:
+                assert index not in found
+                found[int(index)] = image, tuple(size.tolist()), weight
+    assert len(found) == len(source)
+    return found

@@ -1,16 +1,14 @@
 """Pixels as PIL decodes them, and files that nobody can read."""
 
 import io
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from batches import demo, first_batches, settings
-from pictures import encode, picture
+from batches import demo, evaluated, first_batches, settings
+from pictures import encode, picture, png, write_all
 from PIL import Image
 
 from swav_jax.data import decode, pillow, pipeline, sources
@@ -90,26 +88,10 @@ def unreadable_files():
     return files
 
 
-def write_all(root, files):
-    for name, content in files.items():
-        (root / name).write_bytes(content)
-
-
 def decoded(source, channels, canvas=128):
-    """(image, size, weight) by the image's name."""
-    found = {}
-    batches = pipeline.eval_batches(
-        source, canvas_size=canvas, channels=channels, resize=32, size=32, batch_size=7
-    )
-    for batch in batches:
-        for image, size, weight, index in zip(
-            *(batch[key] for key in ('image', 'size', 'weight', 'index')), strict=True
-        ):
-            if index >= 0:
-                name = source.name(index).rpartition('/')[2]
-                assert name not in found
-                found[name] = image, tuple(size.tolist()), weight
-    return found
+    """What `evaluated` returns, by the image's name."""
+    found = evaluated(source, channels, canvas)
+    return {source.name(index).rpartition('/')[2]: image for index, image in found.items()}
 
 
 @pytest.mark.filterwarnings('ignore:Palette images')
@@ -157,21 +139,6 @@ def test_unreadable_files_become_gray_and_are_listed(tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith('.')]
 
 
-def small_file_of_many_pixels(side):
-    """A sound, black PNG (side, side) of one bit a pixel."""
-
-    def chunk(kind, content):
-        check = zlib.crc32(kind + content)
-        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', check)
-
-    pack = zlib.compressobj(1)
-    row = bytes(1 + (side + 7) // 8)
-    pixels = b''.join(pack.compress(row) for _ in range(side)) + pack.flush()
-    header = struct.pack('>IIBBBBB', side, side, 1, 0, 0, 0, 0)
-    parts = (b'IHDR', header), (b'IDAT', pixels), (b'IEND', b'')
-    return b'\x89PNG\r\n\x1a\n' + b''.join(chunk(*part) for part in parts)
-
-
 def peak_memory():
     """The most bytes of memory that this process had, since it was set back."""
     for line in Path('/proc/self/status').read_text().splitlines():
@@ -185,7 +152,7 @@ def peak_memory():
 def test_a_decompression_bomb_is_never_decoded(tmp_path, kind):
     """20,000² pixels take 1.2 GB, and TensorFlow by itself refuses only more than that."""
     for side in (20_000, 50_000):
-        bomb = small_file_of_many_pixels(side)
+        bomb = png(side, side)
         assert len(bomb) < 2e6
         if kind == 'png':
             (tmp_path / f'{side}.png').write_bytes(bomb)

@@ -3,37 +3,30 @@
 import logging
 import os
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from batches import first_batches, settings
-from pictures import encode, picture
+from batches import evaluated, first_batches, settings
+from pictures import encode, picture, png, write_all
 from PIL import Image
 from processes import environment
 
-from swav_jax.data import images, pillow, pipeline
+from swav_jax.data import images, pillow
 from swav_jax.data.images import FileSource
 from swav_jax.evaluate import gallery
 
 
 def looked_at(source, channels=3, canvas=64):
-    """(image, weight) by number, as evaluation has them; and training, the weights alone."""
-    found = {}
-    for batch in pipeline.eval_batches(
-        source, canvas_size=canvas, channels=channels, resize=32, size=32, batch_size=7
-    ):
-        for index, image, size, weight in zip(
-            *(batch[key] for key in ('index', 'image', 'size', 'weight')), strict=True
-        ):
-            if index >= 0:
-                found[int(index)] = image[: size[0], : size[1]], weight
+    """(image, weight) by number, as evaluation has them; training has the same weights."""
+    found = {
+        index: (image[: size[0], : size[1]], weight)
+        for index, (image, size, weight) in evaluated(source, channels, canvas).items()
+    }
     (batch,) = first_batches(source, 1, data=settings(canvas, channels), global_batch=len(source))
     assert np.isfinite(batch['boxes']).all()
     for index, weight in zip(batch['index'], batch['weight'], strict=True):
@@ -41,30 +34,9 @@ def looked_at(source, channels=3, canvas=64):
     return found
 
 
-def write_all(root, files):
-    for name, content in files.items():
-        (root / name).write_bytes(content)
+def file_source(root, files):
+    write_all(root, files)
     return FileSource([str(root / name) for name in files])
-
-
-def png(width, height, bits=1, color=0, chunks=b''):
-    """A sound, black PNG."""
-
-    def chunk(kind, content):
-        check = zlib.crc32(kind + content)
-        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', check)
-
-    pack = zlib.compressobj(1)
-    channels = {0: 1, 2: 3, 6: 4}[color]
-    row = bytes(1 + (width * bits * channels + 7) // 8)
-    some = row * max(1, 2**20 // len(row))
-    left, parts = height * len(row), []
-    while left:
-        parts.append(pack.compress(some[:left]))
-        left -= min(left, len(some))
-    header = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, color, 0, 0, 0))
-    pixels = chunk(b'IDAT', b''.join(parts) + pack.flush())
-    return b'\x89PNG\r\n\x1a\n' + header + chunks + pixels + chunk(b'IEND', b'')
 
 
 def test_what_is_no_regular_file_is_unreadable_and_hangs_nothing(tmp_path, monkeypatch):
@@ -97,7 +69,7 @@ def test_extreme_shapes_are_read_or_unreadable(tmp_path):
     for size in ((65_500, 1), (1, 65_500), (65_500, 3)):
         files[f'{size}.jpg'] = encode(Image.new('L', size, 90), 'JPEG')
         files[f'{size}.tif'] = encode(Image.new('RGB', size, (90, 9, 0)), 'TIFF')
-    source = write_all(tmp_path, files)
+    source = file_source(tmp_path, files)
     found = looked_at(source)
     assert [weight for _, weight in found.values()] == [1] * len(files)
     for index, name in enumerate(files):
@@ -152,7 +124,7 @@ def test_levels_of_more_than_8_bits_are_scaled_or_refused_and_it_is_said(
 ):
     monkeypatch.setattr(pillow, '_reported', set())
     files = deep_files()
-    source = write_all(tmp_path, {name: content for name, (content, _) in files.items()})
+    source = file_source(tmp_path, {name: content for name, (content, _) in files.items()})
     with caplog.at_level(logging.WARNING):
         found = looked_at(source, channels)
         looked_at(source, channels)
@@ -196,7 +168,7 @@ def test_odd_metadata_raises_nothing_and_prints_nothing(tmp_path, capfd):
     }
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        found = looked_at(write_all(tmp_path, files))
+        found = looked_at(file_source(tmp_path, files))
     for index, name in enumerate(files):
         assert found[index][1] == 1, name
     assert capfd.readouterr().err == ''

@@ -16,20 +16,17 @@ from refusals import refusal
 from swav_jax.data import matlab, sources
 
 
-def write_cifar(root, label_type=list):
+def write_cifar(root, label_type=np.ndarray.tolist):
     folder = root / 'cifar-10-batches-py'
     folder.mkdir()
     rng = np.random.default_rng(0)
-    everything = {}
     for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
         data, labels = rng.integers(0, 256, (4, 3072), np.uint8), label_type(rng.integers(0, 10, 4))
         with (folder / name).open('wb') as file:
             pickle.dump({'data': data, 'labels': labels, 'batch_label': 'x'}, file, protocol=2)
-        everything[name] = data, labels
     names = {'label_names': [f'class{i}' for i in range(10)], 'num_vis': 3072}
     with (folder / 'batches.meta').open('wb') as file:
         pickle.dump(names, file, protocol=2)
-    return everything
 
 
 class Evil:
@@ -51,7 +48,7 @@ def write_idx(path, array, zipped):
 
 
 def test_cifar10_is_torchvisions(tmp_path, monkeypatch):
-    write_cifar(tmp_path, lambda x: x.tolist())
+    write_cifar(tmp_path)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, '_check_integrity', lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, 'check_integrity', lambda *_: True)
     for split in ('train', 'test'):
@@ -81,7 +78,7 @@ def test_cifar10_as_python_2_wrote_it(tmp_path):
 
 
 def test_cifar10_pickles_cannot_run_code(tmp_path):
-    write_cifar(tmp_path, lambda x: x.tolist())
+    write_cifar(tmp_path)
     path = tmp_path / 'cifar-10-batches-py' / 'data_batch_3'
     path.write_bytes(pickle.dumps({'data': Evil(tmp_path / 'ran'), 'labels': []}, 2))
     text = refusal(f'torchvision:CIFAR10:{tmp_path}')
@@ -230,7 +227,7 @@ ROW = bytes(range(256)) * 12
     ],
 )
 def test_hand_made_cifar10_is_damaged(tmp_path, content):
-    write_cifar(tmp_path, lambda x: x.tolist())
+    write_cifar(tmp_path)
     (tmp_path / 'cifar-10-batches-py' / 'data_batch_4').write_bytes(content)
     start = time.perf_counter()
     assert 'damaged' in refusal(f'torchvision:CIFAR10:{tmp_path}')
@@ -239,7 +236,7 @@ def test_hand_made_cifar10_is_damaged(tmp_path, content):
 
 def test_cifar10_that_pickle_wrote_by_hand_is_read(tmp_path):
     # The same bytes as those that are refused above, but for what is wrong there.
-    write_cifar(tmp_path, lambda x: x.tolist())
+    write_cifar(tmp_path)
     for i in range(1, 6):
         path = tmp_path / 'cifar-10-batches-py' / f'data_batch_{i}'
         path.write_bytes(evil_array((1, 3072), b'u1', data_bytes(ROW)))

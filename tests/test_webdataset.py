@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from pictures import encode
 from PIL import Image
 from refusals import refusal
 
@@ -16,68 +17,11 @@ from swav_jax.data import sources
 from swav_jax.data.webdataset import expand_braces
 from swav_jax.errors import UserError
 
-
-def encoded(value, kind='JPEG'):
-    buffer = io.BytesIO()
-    Image.new('RGB', (8, 6), (value,) * 3).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path, members, **kwargs):
-    with tarfile.open(path, 'w', **kwargs) as archive:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-
-
-def test_webdataset(tmp_path):
-    for shard in range(9, 11):
-        members = []
-        for i in range(3):
-            members.append((f'x/{shard}_{i}.cls', b'%d\n' % i))
-            members.append((f'x/{shard}_{i}.JPG', encoded(10 * shard + i)))
-            members.append((f'x/{shard}_{i}.seg.png', encoded(0, 'PNG')))
-        write_tar(tmp_path / f'{shard:02d}.tar', members)
-    spec = f'webdataset:{tmp_path}/{{09..10}}.tar'
-    ours = sources.open_source(spec, channels=3, cache_dir=str(tmp_path))
-    assert len(ours) == 6 and ours.labels.tolist() == [0, 1, 2] * 2
-    assert ours.read(4) == encoded(101)
-    assert ours.name(4) == f'{tmp_path}/10.tar/x/10_1.JPG'
-    again = sources.open_source(spec, channels=3, cache_dir=str(tmp_path)).take([4, 1])
-    assert again.read(0) == encoded(101) and again.labels.tolist() == [1, 1]
-
-
-def test_webdataset_member_names_are_never_paths(tmp_path):
-    (tmp_path / 'secret.jpg').write_bytes(b'secret')
-    with tarfile.open(tmp_path / '0.tar', 'w') as archive:
-        for kind, name in ((tarfile.SYMTYPE, 'link.jpg'), (tarfile.LNKTYPE, 'hard.jpg')):
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = kind, str(tmp_path / 'secret.jpg')
-            archive.addfile(info)
-        info = tarfile.TarInfo('../secret.jpg')
-        info.size = 4
-        archive.addfile(info, io.BytesIO(b'mine'))
-    ours = sources.open_source(f'webdataset:{tmp_path}/0.tar', channels=3)
-    assert len(ours) == 1 and ours.read(0) == b'mine' and ours.labels is None
-
-
-def test_webdataset_mistakes(tmp_path):
-    text = refusal(f'webdataset:{tmp_path}/{{0..1}}.tar')
-    assert 'no shard' in text and '0.tar' in text
-    (tmp_path / 'text.tar').write_text('no tar' * 1000)
-    assert 'tar file' in refusal(f'webdataset:{tmp_path}/text.tar')
-    write_tar(tmp_path / 'whole.tar', [('a.jpg', encoded(1) * 50)])
-    (tmp_path / 'cut.tar').write_bytes((tmp_path / 'whole.tar').read_bytes()[:4096])
-    assert 'cut.tar' in refusal(f'webdataset:{tmp_path}/cut.tar')
-    write_tar(tmp_path / 'none.tar', [('a.txt', b'')])
-    assert 'no images' in refusal(f'webdataset:{tmp_path}/none.tar')
+LINK, HARD = {'type': tarfile.SYMTYPE}, {'type': tarfile.LNKTYPE}
 
 
 def picture(i):
-    buffer = io.BytesIO()
-    Image.new('L', (2, 2), i).save(buffer, 'PNG')
-    return buffer.getvalue()
+    return encode(Image.new('L', (2, 2), i), 'PNG')
 
 
 def write(path, members, **options):
@@ -96,14 +40,49 @@ def write(path, members, **options):
     return path
 
 
+def test_webdataset(tmp_path):
+    for shard in range(9, 11):
+        members = []
+        for i in range(3):
+            members.append((f'x/{shard}_{i}.cls', b'%d\n' % i))
+            members.append((f'x/{shard}_{i}.JPG', picture(10 * shard + i)))
+            members.append((f'x/{shard}_{i}.seg.png', picture(0)))
+        write(tmp_path / f'{shard:02d}.tar', members)
+    spec = f'webdataset:{tmp_path}/{{09..10}}.tar'
+    ours = sources.open_source(spec, channels=3, cache_dir=str(tmp_path))
+    assert len(ours) == 6 and ours.labels.tolist() == [0, 1, 2] * 2
+    assert ours.read(4) == picture(101)
+    assert ours.name(4) == f'{tmp_path}/10.tar/x/10_1.JPG'
+    again = sources.open_source(spec, channels=3, cache_dir=str(tmp_path)).take([4, 1])
+    assert again.read(0) == picture(101) and again.labels.tolist() == [1, 1]
+
+
+def test_webdataset_member_names_are_never_paths(tmp_path):
+    (tmp_path / 'secret.jpg').write_bytes(b'secret')
+    secret = {'linkname': str(tmp_path / 'secret.jpg')}
+    members = [('link.jpg', LINK | secret), ('hard.jpg', HARD | secret), ('../secret.jpg', b'mine')]
+    write(tmp_path / '0.tar', members)
+    ours = sources.open_source(f'webdataset:{tmp_path}/0.tar', channels=3)
+    assert len(ours) == 1 and ours.read(0) == b'mine' and ours.labels is None
+
+
+def test_webdataset_mistakes(tmp_path):
+    text = refusal(f'webdataset:{tmp_path}/{{0..1}}.tar')
+    assert 'no shard' in text and '0.tar' in text
+    (tmp_path / 'text.tar').write_text('no tar' * 1000)
+    assert 'tar file' in refusal(f'webdataset:{tmp_path}/text.tar')
+    write(tmp_path / 'whole.tar', [('a.jpg', picture(1) * 500)])
+    (tmp_path / 'cut.tar').write_bytes((tmp_path / 'whole.tar').read_bytes()[:4096])
+    assert 'cut.tar' in refusal(f'webdataset:{tmp_path}/cut.tar')
+    write(tmp_path / 'none.tar', [('a.txt', b'')])
+    assert 'no images' in refusal(f'webdataset:{tmp_path}/none.tar')
+
+
 def opened(path):
     source = sources.open_source(f'webdataset:{path}', channels=3)
     names = [source.name(i).removeprefix(f'{path}/') for i in range(len(source))]
     ids = source.label_ids()
     return names, None if ids is None else ids.tolist(), source
-
-
-LINK, HARD = {'type': tarfile.SYMTYPE}, {'type': tarfile.LNKTYPE}
 
 
 @pytest.mark.parametrize(
