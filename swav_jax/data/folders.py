@@ -68,18 +68,19 @@ def open_folder(path: str, workdir: str | None) -> FileSource:
         )
     prefix = os.path.join(root, '')  # noqa: PTH118
     paths = [prefix + name for name in found['files']]
-    labels = None
-    if found['counts'] is not None:
-        labels = np.repeat(np.arange(len(found['counts'])), found['counts'])
     notes = [printable(note) for note in found['notes']]
-    return FileSource(paths, labels, found['class_names'], notes, root=prefix)
+    classes = found['classes']
+    if classes is None:
+        return FileSource(paths, notes=notes, root=prefix)
+    labels = np.repeat(np.arange(len(classes)), list(classes.values()))
+    return FileSource(paths, labels, list(classes), notes, root=prefix)
 
 
 def _list(root: str, workdir: str | None) -> tuple[dict[str, Any], Stamps]:
     """The listing of `root`, and the stamps of its folders.
 
-    The listing has `files` below root, `class_names` and `counts` (images of each class, in the
-    order of the files) or None twice, `notes`, and `others`: names of files that are no images.
+    The listing has `files` below root, `classes` (the number of images of each, in the order of the
+    files) or None, `notes`, and `others`: names of files that are no images.
     """
     scan = _Scan(root, workdir)
     top_files, folders = scan.entries(root)
@@ -95,17 +96,9 @@ def _list(root: str, workdir: str | None) -> tuple[dict[str, Any], Stamps]:
             classes[name] = files
     filled = [name for name, files in classes.items() if files]
     files = [file for name in classes for file in classes[name]]
-    class_names: list[str] | None = list(classes)
-    counts: list[int] | None = [len(classes[name]) for name in classes]
+    labelled = len(filled) > 1 or (filled and not top_files)
     notes = []
-    if not filled or (top_files and len(filled) == 1):
-        if filled:
-            notes.append(
-                f'{root}: no classes, because {len(top_files):,} images lie in the folder itself '
-                f'and {len(files):,} in the only folder of images, {filled[0]}: all are used'
-            )
-        files, class_names, counts = top_files + files, None, None
-    else:
+    if labelled:
         for name in top_files:
             scan.remarks.add(BESIDE, name)
         if empty := [name for name in classes if not classes[name]]:
@@ -113,26 +106,26 @@ def _list(root: str, workdir: str | None) -> tuple[dict[str, Any], Stamps]:
                 f'{root}: classes without an image, which keep their numbers ({len(empty):,}: '
                 f'{some(empty, len(empty))})'
             )
+    elif filled:
+        notes.append(
+            f'{root}: no classes, because {len(top_files):,} images lie in the folder itself '
+            f'and {len(files):,} in the only folder of images, {filled[0]}: all are used'
+        )
     return {
-        'files': files,
-        'class_names': class_names,
-        'counts': counts,
+        'files': files if labelled else top_files + files,
+        'classes': {name: len(classes[name]) for name in classes} if labelled else None,
         'notes': [*notes, *scan.remarks.lines(root)],
         'others': scan.others.names(''),
     }, scan.stamps
 
 
 class _Scan:
-    """Lists folders, and remembers what it leaves out.
-
-    Args:
-      root: the folder; remarks name files below it.
-      workdir: the run's folder or None; other runs are recognised by their files.
+    """Lists folders below `root`, and counts what it leaves out.
 
     Attributes:
       remarks: on what was left out.
-      stamps: of each folder that was listed, taken before.
       others: files that are no pictures, reported if there are no images.
+      stamps: of each folder that was listed, taken before.
     """
 
     def __init__(self, root: str, workdir: str | None):
@@ -142,7 +135,7 @@ class _Scan:
         self.stamps: Stamps = {}
         try:
             self.run = None if workdir is None else _identity(workdir)
-        except OSError:  # not made yet
+        except OSError:  # it does not exist yet
             self.run = None
 
     def inside(self, path: str) -> str:

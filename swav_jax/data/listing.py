@@ -100,11 +100,7 @@ def stamp(path: str | Path) -> list[int]:
 
 
 def _load(path: Path, key: str) -> Any:
-    """The listing of a cache file that is up to date and as it was written.
-
-    Raises:
-      Exception: it is not.
-    """
+    """The listing of a cache file; raises unless it is up to date and as it was written."""
     saved = json.loads(read_regular(path))
     listing, stamps = saved['listing'], saved['stamps']
     valid = (

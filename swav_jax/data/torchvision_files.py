@@ -152,12 +152,9 @@ def _load_pickle(path: Path) -> dict[str, Any]:
     content = _ArrayUnpickler(io.BytesIO(read_regular(path)), encoding='latin1').load()
     if not isinstance(content, dict):
         raise ValueError(f'{path.name} holds no dictionary')
-    return {
-        key.decode() if isinstance(key, bytes) else key: x.array
-        if isinstance(x, _PickledArray)
-        else x
-        for key, x in content.items()
-    }
+    keys = [key.decode() if isinstance(key, bytes) else key for key in content]
+    values = [x.array if isinstance(x, _PickledArray) else x for x in content.values()]
+    return dict(zip(keys, values, strict=True))
 
 
 def _read_stl10(root: Path, split: str) -> Found:
