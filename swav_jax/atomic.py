@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Writing files whole or not at all."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ _LONGEST = 240  # bytes of a name, of the 255 that file systems take
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`; what is written there takes its place when all went well.
+    """Yield a temporary name beside `path`; what is written there replaces it if nothing fails.
 
     An OSError that names no file, such as that of a full disk, gets `path`'s name.
     """
-    # Processes on other machines, which may have this one's number, write here, too.
+    # Processes on other machines, perhaps with the same number, write here, too.
     name = path.name if len(os.fsencode(path.name)) < _LONGEST else path.name[:20]
     temporary = path.with_name(f'.{name}.{secrets.token_hex(4)}')
     try:
@@ -32,9 +32,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, names: re.Pattern) -> None:
-    """Delete what writers that were killed left in a folder, of files whose names match `names`.
+    """Delete the temporary files that killed writers left of files whose names match `names`.
 
-    No such file may be in the making.
+    No process may be writing one of these files.
     """
     for path in folder.iterdir():
         found = re.fullmatch(r'\.(.+)\.[0-9a-f]+', path.name)

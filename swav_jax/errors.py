@@ -1,6 +1,6 @@
-"""How a run can end other than well, each with its exit code.
+"""The exceptions that end a command, each with its exit code, and the lines that they print.
 
-What a user can mend is one line that names the setting, its value, what is allowed, what to do.
+An error that a user can fix is one line with the setting, its value, what is allowed, what to do.
 """
 
 import errno
@@ -22,7 +22,7 @@ LONGEST = 200  # characters of a value in a line
 
 
 class RunFailedError(Exception):
-    """Not a number, or a collapse: `main` prints it, without a stack trace, and exits with 3."""
+    """Not a number, or a collapse: `main` prints it without a stack trace and exits with 3."""
 
 
 class StoppedError(Exception):
@@ -34,15 +34,15 @@ class StoppedError(Exception):
 
 
 class UserError(Exception):
-    """A mistake of the user's: `main` prints it, without a stack trace, and exits with 2."""
+    """A mistake that a user can fix: `main` prints it without a stack trace and exits with 2."""
 
 
 class SaidElsewhereError(UserError):
-    """A mistake that process 0 has told the user; this process ends without a word."""
+    """A mistake that another process prints; this process ends without output."""
 
 
 def os_error_line(error: OSError) -> str:
-    """What the system refused, and of which file, in one line: 'PATH: reason'."""
+    """Return what the system refused, for which file, as one line: 'PATH: reason'."""
     names = [n for n in (error.filename, error.filename2) if n is not None]
     paths = ' → '.join(printable(n if isinstance(n, int) else os.fsdecode(n)) for n in names)
     reason = error.strerror or str(error) or type(error).__name__
@@ -51,12 +51,12 @@ def os_error_line(error: OSError) -> str:
 
 
 def refusal(name: str, value: Any, allowed: str) -> UserError:
-    """The line that a setting must be something else, as `config.seed=-1: must be 0 or more`."""
+    """Return the error for a bad value, as `config.seed=-1: must be 0 or more`."""
     return UserError(f'{name}={show(value)}: must be {allowed}')
 
 
 def show(value: Any) -> str:
-    """A value on one line of bounded length, whatever it is."""
+    """Return any value as one line of bounded length."""
     try:
         text = ' '.join(repr(value).split())
     except Exception as error:  # an int of thousands of digits, or a class of the user's

@@ -37,15 +37,15 @@ def scale_by_larc(
         rate = min(rate / learning_rate, 1)                                (with `clip`)
         g ← rate · (g + weight_decay · p)
 
-    A tensor with ‖p‖ = 0 or ‖g‖ = 0 is left as it is, and gets no decay.
+    A gradient where ‖p‖ = 0 or ‖g‖ = 0 is not changed, and gets no decay.
 
     Args:
-      trust_coefficient: share of a tensor's length that a step of learning rate 1 may move it.
+      trust_coefficient: length of an update at learning rate 1, as a share of the tensor's length.
       weight_decay: L2 penalty, added to the gradient.
-      decay_mask: tree of bools like the parameters; no decay where False. None: decay everywhere.
+      decay_mask: tree of bools like the parameters: whether each is decayed. None: all are.
       eps: added to the denominator.
       clip: bound the effective rate by `learning_rate` itself.
-      learning_rate: the one that the chain applies afterwards; read with `clip` only.
+      learning_rate: the one that the chain applies afterwards; used with `clip` only.
 
     Returns:
       A transformation whose `update` needs `params`.
@@ -74,7 +74,7 @@ def scale_by_larc(
 
 
 class FreezeState(NamedTuple):
-    """Updates made so far, and the state of the optimizer inside."""
+    """Number of updates so far, and the state of the inner optimizer."""
 
     count: Int[Array, '']
     inner: Any
@@ -83,15 +83,15 @@ class FreezeState(NamedTuple):
 def freeze_first(
     inner: optax.GradientTransformation, iters: Mapping[str, int]
 ) -> optax.GradientTransformation:
-    """Keep parameters as they are for their first iterations: no update, decay or momentum.
+    """Freeze parameters for their first iterations: no update, no decay, no momentum.
 
-    VISSL's TEMP_FROZEN_PARAMS_ITER_MAP. While a parameter is frozen, the optimizer inside is shown
-    a zero gradient and a zero parameter, so that nothing of it builds up.
+    VISSL's TEMP_FROZEN_PARAMS_ITER_MAP. While a parameter is frozen, the inner optimizer gets a
+    zero gradient and a zero parameter, so that no momentum builds up.
 
     Args:
       inner: the optimizer.
-      iters: for each pattern, how many updates to skip. A pattern fits every parameter whose path
-        (`head/prototypes0/kernel`) holds it as a run of whole names.
+      iters: for each pattern, the number of updates to skip. A pattern fits every parameter whose
+        path (`head/prototypes0/kernel`) contains it as whole names.
 
     Raises:
       ValueError: at `init`, if a pattern fits no parameter.
@@ -125,7 +125,7 @@ def freeze_first(
 
 
 def updates_made(opt_state: Any) -> Int[Array, '']:
-    """How many updates the optimizer has made: fewer than steps where float16 overflowed."""
+    """Number of updates so far: fewer than steps if float16 overflowed."""
     return opt_state.count
 
 
@@ -135,7 +135,7 @@ def path_name(path: Sequence[Any]) -> str:
 
 
 def decay_mask(params: Any, *, regularize_bn: bool, regularize_bias: bool) -> Any:
-    """Tree of bools: which parameters are decayed (VISSL's regularize_bn and regularize_bias).
+    """Tree of bools: whether each parameter is decayed (VISSL's regularize_bn, regularize_bias).
 
     A module with a `scale` is a BatchNorm: its `scale` and its `bias` follow `regularize_bn`. Any
     other `bias` follows `regularize_bias`.
@@ -160,13 +160,12 @@ def make_optimizer(
     frozen_iters: Mapping[str, int],
     params: Any,
 ) -> optax.GradientTransformation:
-    """The optimizer of a run.
+    """Return the optimizer of a run.
 
     Args:
-      optimizer: `config.optimizer`: name (`sgd`, or `lars` for optax.lars), use_larc, larc_config,
-        weight_decay, momentum, nesterov, regularize_bn, regularize_bias. `lars` reads neither
-        use_larc nor larc_config.clip: see `unread`.
-      learning_rate: a number or a function of the number of updates made.
+      optimizer: `config.optimizer`. `sgd` is SGD, with LARC if `use_larc`; `lars` is optax.lars,
+        which uses neither `use_larc` nor `larc_config.clip`: see `unread`.
+      learning_rate: a number or a function of the number of updates.
       frozen_iters: see `freeze_first`.
       params: the parameters, or their shapes.
     """
@@ -207,7 +206,7 @@ def make_optimizer(
 
 
 def unread(optimizer: Any) -> list[str]:
-    """A line for each setting of `config.optimizer` that asks for what its `name` does not do."""
+    """Lines about settings of `config.optimizer` that the optimizer of this name does not use."""
     if optimizer['name'] != 'lars':
         return []
     ignored = {
@@ -223,18 +222,18 @@ def unread(optimizer: Any) -> list[str]:
 
 
 def _rate_for_all(schedule, count):
-    # XLA would compute the schedule anew for every parameter: a sixth of a RegNet's program.
+    # XLA would compute the schedule again for every parameter: a sixth of a RegNet's program.
     return computed_once(jnp.asarray(schedule(count)))
 
 
 # --- Schedules: functions of where = position in the run, from 0 to 1 --------------------------
 
-# ClassyVision's tolerance at the borders of epochs and pieces, against rounding.
+# ClassyVision's tolerance for rounding at the borders of epochs and pieces.
 WHERE_EPSILON = 1e-6
 
 
 def schedule(lr: Any) -> Schedule:
-    """A learning rate as a function of `where`, the share of the run that is done, in [0, 1].
+    """Return a learning rate as a function of `where`, the done share of the run, in [0, 1].
 
     ClassyVision's and VISSL's parameter schedulers, by `lr['name']`:
 
@@ -309,12 +308,12 @@ def _composite(lr):
 
 
 def scale_learning_rate(lr: Any, batch_size: int) -> dict[str, Any]:
-    """The schedule for a global batch of `batch_size` images (VISSL's auto_lr_scaling).
+    """Scale a schedule to a global batch of `batch_size` images (VISSL's auto_lr_scaling).
 
-    The scaled rate is base_value · batch_size / base_lr_batch_size (its square root with
-    scaling_type `sqrt`). It becomes the highest rate of the schedule; all others keep their ratio
-    to it, but for the start of a warm-up that opens the run: that stays, unless it would be
-    above the scaled rate (there VISSL drops the warm-up).
+    The scaled rate is base_value · batch_size / base_lr_batch_size, or base_value times the square
+    root of that ratio with scaling_type `sqrt`. It becomes the highest rate of the schedule. All
+    other rates keep their ratio to it, except the start of a warm-up at the beginning of the run:
+    it stays, unless it is above the scaled rate (then VISSL drops the warm-up).
     """
     scaling = lr.get('auto_lr_scaling')
     if not scaling or not scaling['auto_scale']:
@@ -333,7 +332,6 @@ def scale_learning_rate(lr: Any, batch_size: int) -> dict[str, Any]:
 
 
 def _peak(lr):
-    """The highest rate that a schedule names."""
     if lr['name'] == 'composite':
         return max(_peak(piece) for piece in lr['schedulers'])
     if lr['name'] == 'multistep':
@@ -342,7 +340,6 @@ def _peak(lr):
 
 
 def _multiply(lr, factor):
-    """A copy of a schedule with every rate multiplied."""
     scaled = dict(lr)
     for key in ('value', 'start_value', 'end_value'):
         if key in lr:
@@ -355,9 +352,9 @@ def _multiply(lr, factor):
 
 
 def learning_rate(lr: Any, *, batch_size: int, total_steps: int, steps_per_epoch: int) -> Schedule:
-    """The learning rate as a function of the step, scaled to the batch: the only place for both.
+    """Return the learning rate as a function of the step, scaled to the batch.
 
-    With update_interval `epoch` it stays the same within an epoch.
+    With update_interval `epoch` it is constant within an epoch.
     """
     at = schedule(scale_learning_rate(lr, batch_size))
     interval = steps_per_epoch if lr.get('update_interval', 'step') == 'epoch' else 1

@@ -17,21 +17,21 @@ GROWTH_INTERVAL = 2000  # steps without overflow until the scale doubles
 
 
 class LossScale(NamedTuple):
-    """The factor that lifts float16 gradients above its smallest numbers (NVIDIA apex, Amp)."""
+    """A factor that keeps float16 gradients from underflowing (NVIDIA apex, Amp)."""
 
     scale: jax.Array  # () float32
     good_steps: jax.Array  # () int32, since the scale last changed
-    overflows: jax.Array  # () int32, steps skipped in all
+    overflows: jax.Array  # () int32, number of skipped steps
 
     @classmethod
     def initial(cls, precision: str) -> 'LossScale | None':
-        """2^16 for float16; None for the precisions whose gradients do not underflow."""
+        """Return 2^16 for float16, None for other precisions."""
         if precision != 'float16':
             return None
         return cls(jnp.float32(2.0**16), jnp.int32(0), jnp.int32(0))
 
     def adjust(self, finite: jax.Array) -> 'LossScale':
-        """Halved after an overflow, doubled after 2,000 good steps, within [1, 2^24]."""
+        """Halve after an overflow, double after 2,000 good steps, within [1, 2^24]."""
         good_steps = jnp.where(finite, self.good_steps + 1, 0)
         grow = good_steps == GROWTH_INTERVAL
         factor = jnp.where(finite, jnp.where(grow, 2.0, 1.0), 0.5)
@@ -48,7 +48,7 @@ def all_finite(tree) -> jax.Array:
 
 
 def need_float64(setting: str) -> None:
-    """Refuse a setting that asks for float64 where JAX would quietly compute in float32.
+    """Refuse a setting that needs float64, which JAX would silently replace by float32.
 
     Raises:
       UserError: float64 is not enabled.

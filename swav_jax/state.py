@@ -21,19 +21,19 @@ from swav_jax.precision import LossScale, need_float64
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step reads and writes; float32 whatever the compute dtype."""
+    """What a step reads and writes; float32 whatever the compute dtype, float64 with float64."""
 
     step: jax.Array  # () int32, steps done
-    failed: jax.Array  # () bool, whether the next one was not finite; nothing changes from then on
+    failed: jax.Array  # () bool, whether a step was not finite; later ones change nothing
     params: Any
     batch_stats: Any
     opt_state: Any
-    method: Any  # what the method keeps, see `methods.method.Method`
+    method: Any  # the method's state, see `methods.method.Method`
     loss_scale: LossScale | None
 
 
 def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
-    """The learning rate as a function of the step.
+    """Return the learning rate as a function of the step.
 
     Raises:
       UserError: a part of the schedule cannot work.
@@ -51,7 +51,7 @@ def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
 def make_state(
     config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: Mesh
 ) -> tuple[models.SwAVNet, optax.GradientTransformation, Layout, TrainState]:
-    """The network, the optimizer, and the state before the first step, with its layout.
+    """Return the network, the optimizer, the layout, and the state before the first step.
 
     Raises:
       UserError: the settings name no network or no parameter, do not go with the size of the batch,

@@ -1,4 +1,4 @@
-"""One training step: what each replica learns from its crops, and the update."""
+"""One training step: the gradient of each replica's crops, and the update."""
 
 import functools
 import itertools
@@ -25,19 +25,19 @@ def make_train_step(
 ) -> Callable[
     [TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array], jax.Array]
 ]:
-    """The compiled step over the mesh: images and crop boxes in; state, metrics and news out.
+    """Return the compiled step over the mesh.
 
     Args:
       net, tx: the network and the optimizer.
       config: the run's settings.
-      layout: how the state lies on the mesh.
+      layout: of the state on the mesh.
 
     Returns:
-      A function of (state, batch), which donates the state. The batch is that of `data.pipeline`,
-      split along axis 0. Metrics are the scalars of `update`, the same on all replicas. News is
-      what the loop has to know of every step, (3,) int32 to be fetched at once: whether the step
-      is finite, the largest of the batch's `request` (B,) int32 (0 without any), by which
-      processes tell each other something, and how many images are bad.
+      A function (state, batch) → (state, metrics, news), which donates the state. The batch is that
+      of `data.pipeline`, split along axis 0. Metrics are the scalars of `update`, equal on all
+      replicas. News are (3,) int32, which the loop fetches after every step: whether the step is
+      finite, the largest `request` of the batch (B,) int32 (0 without any), by which processes tell
+      each other something, and the number of bad images.
     """
 
     def step(state, batch):
@@ -53,9 +53,9 @@ def make_train_step(
 
 
 def multi_crop(config: Any, mesh: Mesh, batch: Mapping[str, jax.Array]) -> list[jax.Array]:
-    """Each replica's crops of its images: for each group (n_g, B, S_g, S_g, channels).
+    """Cut each replica's crops: for each group (n_g, B, S_g, S_g, channels).
 
-    float32, or float64 where `config.precision` is.
+    They are float64 if `config.precision` is, else float32.
     """
     dtype = jnp.promote_types(jnp.dtype(config.precision), jnp.float32)
 
@@ -78,18 +78,18 @@ def update(
     crops: list[jax.Array],
     weights: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update from given crops.
+    """Learn from given crops and update the state.
 
     Args:
       net, tx, config, layout: as in `make_train_step`.
-      state: the state.
+      state: before the step.
       crops: for each group of crops, (n_g, B, S_g, S_g, channels), B split over all replicas.
       weights: (B,) 1, or 0 for an image that must not count.
 
     Returns:
       The next state, and metrics of the global batch: `finite`, norms, and those of the method's
-      `health`. A step that is not finite changes nothing but `failed`, and nor do those after it:
-      the state stays what it was before, for a dump.
+      `health`. A step that is not finite, and every step after it, changes nothing but `failed`, so
+      the state before it can be written.
     """
     specs, method = layout.specs, methods.make(config)
     learned = jax.shard_map(
@@ -112,7 +112,7 @@ def update(
     if state.loss_scale is not None:
         finite = all_finite(grads)
         new = _choose(finite, new, state)
-        # An overflow halves the scale and is nothing unusual, unless the scale is 1 already.
+        # An overflow halves the scale and is usual, unless the scale is 1 already.
         overflow_is_usual = state.loss_scale.scale > MIN_SCALE
         new = new.replace(loss_scale=state.loss_scale.adjust(finite))
         metrics['loss_scale'] = state.loss_scale.scale
@@ -132,7 +132,7 @@ def learn(
     crops: list[jax.Array],
     weights: jax.Array,
 ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
-    """One replica's part of a step, inside `shard_map`: what its crops say.
+    """One replica's part of a step, inside `shard_map`.
 
     Args:
       net, config, layout: as in `make_train_step`.
@@ -141,8 +141,8 @@ def learn(
       weights: (B,) as in `update`.
 
     Returns:
-      The gradient, averaged over all replicas and laid out like the parameters; BatchNorm's
-      running statistics; the method's state after this batch; and metrics of the global batch.
+      The gradient, averaged over all replicas and split like the parameters; BatchNorm's running
+      statistics; the method's state after this batch; and metrics of the global batch.
     """
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
@@ -157,7 +157,7 @@ def learn(
 
 
 class Found(NamedTuple):
-    """What a replica computes on its way to the gradient."""
+    """What a replica computes before the gradient."""
 
     outputs: Outputs
     batch_stats: Any
@@ -172,7 +172,7 @@ def objective(
     crops: list[jax.Array],
     weights: jax.Array,
 ) -> Found:
-    """From a replica's crops to its loss, inside `shard_map`.
+    """Compute a replica's loss from its crops, inside `shard_map`.
 
     Args:
       net, config: as in `make_train_step`.
@@ -192,10 +192,10 @@ def objective(
 def forward(
     net: SwAVNet, config: Any, params: Any, batch_stats: Any, crops: list[jax.Array]
 ) -> tuple[Outputs, Any]:
-    """What the network says of one replica's crops, and BatchNorm's new statistics.
+    """Outputs of the network for one replica's crops, and BatchNorm's new statistics.
 
-    Crops of equal size in neighbouring groups share a pass through the trunk, or each crop has one
-    of its own: VISSL's two ways.
+    Neighbouring groups of crops of equal size share a pass through the trunk, or each crop has its
+    own (`config.train.per_crop_pass`), as in VISSL.
     """
     if config.train.per_crop_pass:
         passes = [crop for group in crops for crop in group]
@@ -216,5 +216,4 @@ def forward(
 
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-    """One of two trees of the same structure."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)

@@ -1,4 +1,4 @@
-"""What is learned: a method a file, behind the interface of `method.Method`."""
+"""Methods: what is learned, one per file, behind the interface `method.Method`."""
 
 from typing import Any
 
@@ -9,5 +9,5 @@ METHODS = {'swav': SwAV}
 
 
 def make(config: Any) -> Method:
-    """The method of a run. There is one so far; with the next comes a setting that chooses."""
+    """Return the method of a run: SwAV, the only one so far."""
     return METHODS['swav'](config)

@@ -1,4 +1,4 @@
-"""Signs of health that methods of embeddings, prototypes and codes share."""
+"""Metrics of health for methods with embeddings, prototypes and codes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,23 +15,23 @@ def health(
     codes: jax.Array,
     weights: jax.Array,
 ) -> dict[str, jax.Array]:
-    """The global batch's loss and signs of collapse, in one all-reduce.
+    """Loss and signs of collapse of the global batch, in one all-reduce.
 
     Args:
       loss: () this replica's loss.
       embeddings: (A, B, D) of the crops that get codes.
-      scores, codes: (A, B, K) of these crops, of one prototype head.
+      scores, codes: (A, B, K) of the same crops, for one prototype head.
       weights: (B,) 1, or 0 for an image that must not count.
 
     Returns:
       A dict of scalars:
 
       - `loss`;
-      - `code_entropy`: of an image's code in nats, mean over images; ln K when all are uniform;
-      - `active_prototypes`: how many are the nearest one of some such crop;
-      - `largest_prototype_share`: share of the crops that are nearest to the same one;
+      - `code_entropy`: mean entropy of an image's code in nats; ln K when codes are uniform;
+      - `active_prototypes`: number of prototypes that are the nearest one of any crop;
+      - `largest_prototype_share`: share of the crops whose nearest prototype is the same;
       - `embedding_std`: mean over dimensions; 0 when all are equal, 1/√D when they spread;
-      - `bad_images`: of weight 0.
+      - `bad_images`: number of images of weight 0.
     """
     nearest = jnp.argmax(scores, -1)
     votes = jnp.sum(jax.nn.one_hot(nearest, codes.shape[-1]) * weights[:, None], (0, 1))

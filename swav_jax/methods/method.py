@@ -1,4 +1,4 @@
-"""The interface of a method: what the step, the layout, the plan and the loop know of it."""
+"""The interface between a method and the step, the layout, the plan and the training loop."""
 
 import abc
 from collections.abc import Callable, Iterator, Mapping
@@ -11,21 +11,21 @@ import jax
 
 
 class Outputs(NamedTuple):
-    """What the network says of crops."""
+    """Outputs of the network for crops."""
 
     embeddings: jax.Array  # (V, B, D)
     scores: tuple[jax.Array, ...]  # for each prototype head, (V, B, K_h)
 
 
 class Network(NamedTuple):
-    """The network as functions of parameters, so that a method may use others than the learned."""
+    """The network as functions of parameters, so that a method can apply other parameters, too."""
 
     forward: Callable  # (params, batch_stats, crops) → Outputs, and the new batch_stats
     score: Callable  # (params, embeddings (..., D)) → for each head, scores (..., K_h)
 
 
 class Batch(NamedTuple):
-    """One replica's share of what a step learns from."""
+    """One replica's share of a batch."""
 
     step: jax.Array  # () int32, steps done before this one
     crops: list[jax.Array]  # for each group of crops, (n_g, B, S_g, S_g, channels)
@@ -33,25 +33,25 @@ class Batch(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What a method makes of a batch."""
+    """Result of `Method.loss`."""
 
     loss: jax.Array  # () this replica's; the mean over replicas is the loss of the global batch
-    codes: list[jax.Array]  # for each head, (A, B, K_h): what the scores should have been
-    state: Any  # the method's, after this step
+    codes: list[jax.Array]  # for each head, (A, B, K_h): the targets of the scores
+    state: Any  # the method's state after this step
 
 
 class Method(abc.ABC):
-    """What is learned, made from the run's settings. It keeps no arrays: those are in its state.
+    """What a run learns. A method holds no arrays: they are in its state, which the step passes.
 
-    Parameters that it is given are whole, whatever `config.sharding` is, so a copy of them in its
-    state (a teacher) has the same shapes; `specs` says how that copy is split.
+    Its functions get parameters in their full shapes, whatever `config.sharding` is, so a copy of
+    them in its state (a teacher) has the same shapes; `specs` says how that copy is split.
 
     Args:
       config: the run's settings.
 
     Attributes:
       fixed: settings that give the method's state its meaning, as 'loss.queue'. A run keeps them.
-      remedy: what helps against a collapse, as an imperative with the settings' names.
+      remedy: advice against a collapse, in the imperative, with the names of settings.
     """
 
     fixed: tuple[str, ...] = ()
@@ -81,26 +81,19 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def init(self, params: Any, batch_stats: Any, sizes: Any) -> tuple[Any, Any]:
-        """What a run starts from; to be traced.
+        """Return the parameters and the method's state before the first step; traced by jit.
 
         Args:
           params, batch_stats: of the network, random or loaded.
           sizes: the run's numbers, `config.Sizes`.
 
         Returns:
-          The parameters as the method wants them, and its own state: a NamedTuple of arrays.
+          The parameters, and the method's state: a NamedTuple of arrays.
         """
 
     @abc.abstractmethod
     def specs(self, state: Any) -> Any:
-        """How each array of its state is split over the mesh.
-
-        Args:
-          state: the method's state or its shapes.
-
-        Returns:
-          A tree like the state, of PartitionSpecs.
-        """
+        """Return a PartitionSpec for each array of the method's state, which may be shapes."""
 
     @abc.abstractmethod
     def loss(
@@ -110,9 +103,9 @@ class Method(abc.ABC):
 
         Args:
           network: the network's functions.
-          params: what the network learns, whole.
-          outputs: what it says of the batch's crops with these.
-          batch: the crops, and more.
+          params: the parameters that are learned.
+          outputs: of the network with these parameters, for the batch's crops.
+          batch: this replica's.
           state: this replica's share of the method's state.
         """
 
@@ -123,25 +116,25 @@ class Method(abc.ABC):
         """Metrics of the global batch, inside `shard_map`, in one all-reduce.
 
         Returns:
-          Scalars, the same on all replicas; `loss` and `bad_images` (of weight 0) are among them.
+          Scalars, equal on all replicas, among them `loss` and `bad_images`.
         """
 
     @abc.abstractmethod
     def after_update(self, params: Any, state: Any) -> tuple[Any, Any]:
-        """Parameters and the method's state after the optimizer's update, outside `shard_map`."""
+        """Return parameters and state after the optimizer's update, outside `shard_map`."""
 
     @abc.abstractmethod
     def sign_of_collapse(self, row: Mapping[str, Any]) -> str | None:
-        """What in a row of metrics.jsonl says that nothing is told apart, or None."""
+        """Return the sign of collapse that a row of metrics.jsonl shows, or None."""
 
     @abc.abstractmethod
     def plan(self, sizes: Any) -> Iterator[tuple[str, str]]:
-        """Lines of `--plan`: labels and what stands behind them."""
+        """Lines of `--plan`: label and text."""
 
     @abc.abstractmethod
     def warnings(self, sizes: Any) -> Iterator[str]:
-        """What will probably go wrong, and what helps, for `--plan`."""
+        """Warnings of `--plan`: what will probably go wrong, and what helps."""
 
     @abc.abstractmethod
     def notes(self, sizes: Any) -> Iterator[str]:
-        """What a run says at its start of settings that do not count as they stand."""
+        """Lines at the start of a run, about settings that are not used as they are."""

@@ -1,4 +1,4 @@
-"""Sinkhorn's codes: samples shared out among prototypes, over all replicas of a mesh.
+"""Sinkhorn's codes: samples assigned to prototypes in given shares, over all replicas of a mesh.
 
 Letters: A crops of N samples, K prototypes of one of several heads.
 """
@@ -31,17 +31,17 @@ def sinkhorn_codes(
     Computed on logarithms: log Q = scores / epsilon + g, less its row's log-sum-exp, so that any
     epsilon is finite. The samples are normalised last: rows sum to 1.
 
-    All assign crops and heads go through together. A round is one all-reduce of H·A·K sums, and one
-    maximum goes before them all: after a round, column k of Q holds at least its share r_k of a
+    All crops and heads are computed together. A round is one all-reduce of H·A·K sums, and one
+    maximum precedes the first: after a round, column k of Q holds at least its share r_k of a
     sample, so later sums cannot underflow.
 
     Args:
       scores: for each head, (A, N, K_h), in [-1, 1]: this replica's N samples, queue included.
       epsilon: entropy regularisation, > 0. Smaller is sharper.
       num_iters: number of rounds, >= 1.
-      weights: (N,) 1, or 0 for a sample that must not count. Its own code is still defined.
+      weights: (N,) 1, or 0 for a sample that must not count; it gets a code as well.
       powerlaw: prototype k's share is proportional to (k + 1)^-powerlaw; 0 is equal shares.
-      axis_names: mesh axes that the samples are spread over.
+      axis_names: mesh axes over which the samples are split.
 
     Returns:
       For each head, (A, N, K_h) codes, non-negative rows that sum to 1, without gradient.
@@ -57,7 +57,7 @@ def sinkhorn_codes(
     def normalise_samples(log_q):
         return jnp.concatenate([jax.nn.log_softmax(h) for h in jnp.split(log_q, ends, -1)], -1)
 
-    # Any start common to all samples gives the same codes; this one keeps the first sums in range.
+    # Any start that is the same for all samples gives the same codes; this one avoids overflow.
     g = -lax.pmax(jnp.max(logits + log_weights, axis=1, keepdims=True), axis_names)
     log_q = logits + g
     for _ in range(num_iters):
@@ -74,5 +74,5 @@ def _log_shares(num_prototypes: int, powerlaw: float, dtype) -> Float[Array, ' p
 
 
 def harden(codes: Float[Array, '*batch prototypes']) -> Float[Array, '*batch prototypes']:
-    """One-hot codes at the largest entry, the first one of equals (VISSL's hard assignment)."""
+    """One-hot codes at the first largest entry (VISSL's hard assignment)."""
     return jax.nn.one_hot(jnp.argmax(codes, -1), codes.shape[-1], dtype=codes.dtype)

@@ -1,11 +1,11 @@
-"""SwAV: the swapped prediction loss, the queue, the prototypes, and the method made of them.
+"""SwAV: the swapped prediction loss, the queue, the prototypes, and the method.
 
 Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments"
 (arXiv 2006.09882), as VISSL computes it. Letters: V crops of B images, A of them assigned to codes,
 K prototypes, D dimensions, H prototype heads.
 
-Every function works on one replica's share of the batch. Where images of other replicas count,
-`axis_names` names the mesh axes to sum over; `()` is a single replica.
+Every function gets one replica's share of the batch. `axis_names` are the mesh axes over which sums
+include the other replicas; `()` is a single replica.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from swav_jax.methods.sinkhorn import harden, sinkhorn_codes
 from swav_jax.parallel.mesh import AXES, REPLICATED
 from swav_jax.precision import need_float64
 
-NEAR_LN_K = 0.01  # share of ln K by which the loss of a collapsed run may differ from it
-NEAR_CONSTANT = 0.01  # share of 1/√D, the standard deviation of embeddings that spread
+NEAR_LN_K = 0.01  # of ln K: a loss that is nearer to ln K is a sign of collapse
+NEAR_CONSTANT = 0.01  # of 1/√D, the standard deviation of spread embeddings: so is a smaller one
 
 
 def swapped_prediction(
@@ -39,11 +39,11 @@ def swapped_prediction(
 ) -> Float[Array, ' images']:
     """Cross entropy between an image's codes and the predictions of its other crops.
 
-    Paper, equations 1 and 2: the mean over assigned crops a, and over the crops v other than a, of
+    Paper, equations 1 and 2: the mean, over assigned crops a and over the crops v other than a, of
     -sum_k code[a, k] · log softmax(scores[v] / temperature)[k].
 
     Args:
-      scores: (V, B, K) products of embeddings and prototypes; the gradient flows through these.
+      scores: (V, B, K) products of embeddings and prototypes, which get the gradient.
       codes: (A, B, K) codes of the crops named in `crops_for_assign`, in that order.
       crops_for_assign: A different indices of crops.
       temperature: of the softmax, > 0.
@@ -58,19 +58,19 @@ def swapped_prediction(
 
 
 class Queue(NamedTuple):
-    """Embeddings of the last S global batches, newest first: samples that fill Sinkhorn's columns.
+    """Embeddings of the last S global batches, newest first: more samples for Sinkhorn.
 
-    The images of a batch keep their place along axis 2, so that sharding this axis like the batch
-    gives each replica the embeddings that it computed, on any number of devices.
+    The images of a batch keep their place along axis 2. With this axis sharded like the batch, each
+    replica holds the embeddings that it computed, on any number of devices.
     """
 
     embeddings: Float[Array, 'assign batches images dim']
-    weights: Float[Array, 'batches images']  # as in `sinkhorn_codes`; 0 where nothing came yet
-    filled: Int[Array, '']  # batches that it holds, at most S
+    weights: Float[Array, 'batches images']  # as in `sinkhorn_codes`; 0 where nothing is stored
+    filled: Int[Array, '']  # number of stored batches, at most S
 
     @classmethod
     def empty(cls, num_assign: int, num_batches: int, num_images: int, dim: int, dtype=jnp.float32):
-        """A queue that holds nothing yet."""
+        """An empty queue."""
         return cls(
             jnp.zeros((num_assign, num_batches, num_images, dim), dtype),
             jnp.zeros((num_batches, num_images), jnp.float32),
@@ -78,7 +78,7 @@ class Queue(NamedTuple):
         )
 
     def is_full(self) -> Bool[Array, '']:
-        """Whether it is used: half a queue would weigh few old images like all of the new ones."""
+        """Whether the queue is used; in half a queue a few old images would weigh too much."""
         return self.filled == self.weights.shape[0]
 
     def push(
@@ -96,7 +96,7 @@ class Queue(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SwAVSettings:
-    """What `swav_loss` depends on beside its arrays; the names are those of `config.loss`."""
+    """Settings of `swav_loss`, with the names of `config.loss`."""
 
     crops_for_assign: tuple[int, ...] = (0, 1)  # the A crops that get codes
     temperature: float = 0.1  # see `swapped_prediction`
@@ -121,11 +121,11 @@ def swav_loss(
     Args:
       scores: for each head, (V, B, K_h).
       queue_scores: for each head, (A, S, B, K_h) scores of the queue with the current prototypes.
-      queue: the queue itself, for its weights; it counts once it is full.
+      queue: the queue, for its weights; it is used once it is full.
       weights: (B,) 1, or 0 for an image that must not count.
       settings: of the loss.
-      hard_assignment: round the codes to one-hot ones.
-      axis_names: mesh axes that the batch is spread over.
+      hard_assignment: whether codes are rounded to one-hot codes.
+      axis_names: mesh axes over which the batch is split.
 
     Returns:
       The loss, and for each head the (A, B, K_h) codes of this replica's images.
@@ -160,17 +160,17 @@ def swav_loss(
         )
         for s, c in zip(scores, codes, strict=True)
     ]
-    # Images of weight 0 leave the mean over the mesh, whichever replica they fell to.
+    # The mean over the mesh leaves out images of weight 0, on whichever replica they are.
     mean_weight = lax.pmean(jnp.mean(weights), axis_names)
     loss = jnp.mean(weights * sum(losses) / len(losses)) / jnp.maximum(mean_weight, 1e-12)
     return loss, codes
 
 
 def normalize_prototypes(params: dict) -> dict:
-    """The head's parameters with every prototype (a column of (D, K_h)) scaled to length 1.
+    """The parameters with every prototype (a column of (D, K_h)) scaled to length 1.
 
-    Done before the first step and after every update, frozen ones included
-    (`normalize_last_layer`). Length 0 stays 0, as in torch.nn.functional.normalize.
+    `normalize_last_layer`: done before the first step and after every update, also while prototypes
+    are frozen. Length 0 stays 0, as in torch.nn.functional.normalize.
     """
     head = dict(params['head'])
     for name in head:
@@ -182,13 +182,13 @@ def normalize_prototypes(params: dict) -> dict:
 
 
 class State(NamedTuple):
-    """What SwAV keeps from step to step."""
+    """SwAV's state."""
 
     queue: Queue | None
 
 
 class SwAV(Method):
-    """SwAV as a run's settings describe it; see `Method`."""
+    """SwAV with a run's settings; see `Method`."""
 
     fixed = (
         'loss.crops_for_assign',
@@ -214,7 +214,7 @@ class SwAV(Method):
         )
 
     def check(self) -> None:
-        """Codes are predicted from other crops, and belong to crops that exist."""
+        """Refuse a single crop, and codes of crops that do not exist."""
         counts, assigned = self._config.data.num_crops, self._settings.crops_for_assign
         total = sum(counts)
         if total < 2:
@@ -234,7 +234,7 @@ class SwAV(Method):
             )
 
     def check_run(self, sizes: Any) -> None:
-        """A queue holds at least one batch; float64 is enabled where it is asked for."""
+        """Refuse a queue of less than a batch, and float64 where JAX has it disabled."""
         length = self._config.loss.queue.queue_length
         if 0 < length < sizes.batch_size:
             raise UserError(
@@ -245,11 +245,11 @@ class SwAV(Method):
             need_float64('loss.use_double_precision')
 
     def queue_batches(self, sizes: Any) -> int:
-        """How many global batches the queue holds: whole ones only."""
+        """Number of global batches in the queue, rounded down."""
         return self._config.loss.queue.queue_length // sizes.batch_size
 
     def init(self, params: Any, batch_stats: Any, sizes: Any) -> tuple[Any, State]:
-        """Prototypes of length 1, and an empty queue."""
+        """Return parameters with prototypes of length 1, and an empty queue."""
         queue, batches = None, self.queue_batches(sizes)
         if batches:
             kernel = params['head']['prototypes0']['kernel']
@@ -263,7 +263,7 @@ class SwAV(Method):
         return self.after_update(params, State(queue))
 
     def specs(self, state: State) -> State:
-        """The queue is spread like the batch."""
+        """Split the queue like the batch."""
         if state.queue is None:
             return State(None)
         return State(Queue(P(None, None, AXES), P(None, AXES), REPLICATED))
@@ -271,7 +271,7 @@ class SwAV(Method):
     def loss(
         self, network: Network, params: Any, outputs: Outputs, batch: Batch, state: State
     ) -> Learned:
-        """`swav_loss` of the outputs; the queue gets the embeddings of the crops with codes."""
+        """Compute `swav_loss`, and push the embeddings of the crops with codes into the queue."""
         queue, queue_scores = state.queue, None
         if queue is not None:
             queue_scores = network.score(lax.stop_gradient(params), queue.embeddings)
@@ -294,7 +294,7 @@ class SwAV(Method):
     def health(
         self, outputs: Outputs, learned: Learned, weights: jax.Array
     ) -> dict[str, jax.Array]:
-        """See `health.health`, of the crops that get codes and the first prototype head."""
+        """Compute `health.health` of the crops that get codes and the first prototype head."""
         embeddings, scores = self._assigned(outputs.embeddings), self._assigned(outputs.scores[0])
         return health(learned.loss, embeddings, scores, learned.codes[0], weights)
 
@@ -302,13 +302,13 @@ class SwAV(Method):
         return x[jnp.asarray(self._settings.crops_for_assign)]
 
     def after_update(self, params: Any, state: State) -> tuple[Any, State]:
-        """Prototypes of length 1 again (`config.loss.normalize_last_layer`)."""
+        """Scale prototypes to length 1 (`config.loss.normalize_last_layer`)."""
         if self._config.loss.normalize_last_layer:
             params = normalize_prototypes(params)
         return params, state
 
     def sign_of_collapse(self, row: Mapping[str, Any]) -> str | None:
-        """A loss of ln K: all images look alike to the prototypes; or all embeddings are equal."""
+        """Look for a loss of ln K (all images look alike to the prototypes) or equal embeddings."""
         if abs(row['loss_over_ln_k'] - 1) < NEAR_LN_K:
             return 'the loss stayed within 1% of ln K'
         if row['embedding_std'] < NEAR_CONSTANT / math.sqrt(self._config.model.head.dims[-1]):
@@ -316,12 +316,12 @@ class SwAV(Method):
         return None
 
     def plan(self, sizes: Any) -> Iterator[tuple[str, str]]:
-        """The queue."""
+        """The queue's length."""
         if batches := self.queue_batches(sizes):
             yield 'queue', f'{batches * sizes.batch_size:,} images, {batches} batches'
 
     def warnings(self, sizes: Any) -> Iterator[str]:
-        """Too few samples for the prototypes, or a queue that the run ends before."""
+        """Warn of fewer samples than prototypes, and of a queue that is never used."""
         prototypes, batch = max(self._config.model.head.num_clusters), sizes.batch_size
         batches = self.queue_batches(sizes)
         samples = batch * (1 + batches)
@@ -340,7 +340,7 @@ class SwAV(Method):
             )
 
     def notes(self, sizes: Any) -> Iterator[str]:
-        """A queue that is shorter than asked for."""
+        """Report a queue that is shorter than the setting."""
         asked = self._config.loss.queue.queue_length
         held = self.queue_batches(sizes) * sizes.batch_size
         if asked != held:

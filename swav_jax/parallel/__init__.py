@@ -1,1 +1,1 @@
-"""Many devices and many processes as one run."""
+"""One run on many devices and in many processes."""

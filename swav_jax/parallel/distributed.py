@@ -1,4 +1,4 @@
-"""Several processes as one run: they join, agree on the settings, and fail together."""
+"""Several processes as one run: joining, agreeing on the settings, failing together."""
 
 import contextlib
 import itertools
@@ -22,18 +22,18 @@ JOIN_TIMEOUT = 100  # seconds
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Connect this process to the others; to be called before JAX looks for devices.
+    """Connect this process to the others; call it before JAX looks for devices.
+
+    The process ends if the others do not come within `JOIN_TIMEOUT`. Without any argument JAX finds
+    the others, under SLURM, Open MPI or Kubernetes.
 
     Args:
-      coordinator: HOST:PORT of process 0. None, as the others then are: found by JAX, under SLURM,
-        Open MPI or Kubernetes.
-      num_processes: in all.
+      coordinator: HOST:PORT of process 0.
+      num_processes: total number.
       process_id: this one's number, from 0.
 
-    Ends the process where the others do not come within `JOIN_TIMEOUT`.
-
     Raises:
-      UserError: the flags do not say enough, or fit no other processes.
+      UserError: flags are missing, cannot work, or find no other processes.
     """
     given = {'coordinator': coordinator, 'num_processes': num_processes, 'process_id': process_id}
     missing = [f'--{name}' for name, value in given.items() if value is None]
@@ -91,17 +91,15 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 
 
 class ApartError(Exception):
-    """Other processes are at another place of the program: one of them has failed."""
+    """Another process is at another place of the program, because it has failed."""
 
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """What one process cannot do ends all of them, and process 0 says why.
-
-    Inside, no process must wait for another one.
+    """End all processes when one of them fails inside, where none may wait for another.
 
     Raises:
-      UserError: on process 0, with what the first process that failed has to say.
+      UserError: on process 0, with the message of the first process that failed.
       SaidElsewhereError: on the others.
     """
     problem = ''
@@ -119,14 +117,14 @@ def failing_together() -> Iterator[None]:
 
 
 def check_same_settings(config: ConfigDict) -> None:
-    """Make sure that all processes have the same settings and the same code: see `check_same`."""
+    """Check that all processes have the same settings and versions: see `check_same`."""
     mine = {name: settings.to_dict(value) for name, value in settings.flatten(config)}
     mine |= {'version of swav_jax': swav_jax.__version__, 'version of jax': jax.__version__}
     check_same(mine, 'start all with the same command')
 
 
 def check_same(mine: Mapping[str, Any], remedy: str) -> None:
-    """Make sure that all processes have the same values, which JSON can hold, by these names.
+    """Check that all processes have the same values, which JSON can hold, by these names.
 
     Raises:
       UserError: on process 0, naming those that differ.
@@ -144,22 +142,22 @@ def check_same(mine: Mapping[str, Any], remedy: str) -> None:
 
 
 def rows_of_all(*arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The rows of every process, in the order of the processes; all have equally many."""
+    """Return the rows of all processes, in their order; all have the same number of rows."""
     if jax.process_count() == 1:
         return arrays
     return tuple(np.concatenate(multihost_utils.process_allgather(x)) for x in arrays)
 
 
 def largest(number: int) -> int:
-    """The largest of all processes' numbers."""
+    """Return the largest of all processes' numbers."""
     return max(map(int, _gather(str(number))))
 
 
 class Barriers:
-    """Barriers that all processes pass in the same order, for threads beside the main one.
+    """Barriers that all processes pass in the same order, for other threads than the main one.
 
-    A process that has failed goes on to a later barrier than the others: they notice at once,
-    where a usual barrier would keep all of them until its timeout.
+    A process that fails reaches a later barrier than the others. They notice at once, while a plain
+    barrier would keep all of them until its timeout.
     """
 
     def __init__(self, name: str):
@@ -201,7 +199,7 @@ def _raise_first(problems: list[str]) -> None:
 
 
 def _gather(text: str) -> list[str]:
-    """Every process's text, in the order of the processes."""
+    """The texts of all processes, in their order."""
     mine = np.frombuffer(text.encode(), np.uint8)
     if jax.process_count() == 1:
         return [text]

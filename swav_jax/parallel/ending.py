@@ -1,9 +1,9 @@
-"""How one of several processes ends: it tells the others why, and waits for none that is gone.
+"""How one of several processes ends: it tells the others why, and does not wait for lost ones.
 
 A process that fails leaves its reason with JAX's coordination service. In each process a thread
-waits for such a reason, since the main thread may then wait for ever in a collective operation.
-Of a process that ends without a word, or stands still, the coordination service tells the others
-after `HEARTBEAT_TIMEOUT`, by an abort in C++ that is caught here to say what it means.
+waits for such a reason, because the main thread may be stuck in a collective operation. When a
+process is killed or stands still, the coordination service aborts the others after
+`HEARTBEAT_TIMEOUT`, in C++; the abort is caught here to print what it means.
 """
 
 import contextlib
@@ -23,25 +23,25 @@ from jax._src import distributed as jax_distributed
 from swav_jax.terminal import printable, say
 
 HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
-_NOTICE = 5  # seconds in which a process may find out by itself what another one tells it
-_LONGEST_END = 90  # seconds that a process which fails by itself may take, to finish a save
+_NOTICE = 5  # seconds for which the main thread may find out by itself what another process tells
+_LONGEST_END = 90  # seconds that a process which fails by itself may take to finish a save
 _MEET = 30  # seconds for which the processes wait for each other before they exit
 _TICK = 1  # seconds between two looks at the clock
 _KEY = 'swav_jax/failure'
 
 _AGAIN = 'start all of them again, the run goes on from its last checkpoint'
 
-_failing = threading.Event()  # the main thread ends this process by itself
+_failing = threading.Event()  # the main thread is about to end this process
 _leaving = threading.Event()
 _exit = threading.Lock()  # held for good by the thread that ends this process
-_seen_at = time.monotonic()  # when this process was last seen to run
-_stood_still = 0.0  # seconds, the longest time between two such
-_told = ''  # what another process said
+_seen_at = time.monotonic()  # of the last look at the clock
+_stood_still = 0.0  # seconds, the longest time between two looks
+_told = ''  # why another process has ended
 _watch: threading.Thread | None = None
 
 
 def watch_others() -> None:
-    """From now on end this process when another one has ended; they have joined."""
+    """End this process when another one ends, from now on; call it after all have joined."""
     global _watch
     _watch = threading.Thread(target=_wait_for_failure, name='others', daemon=True)
     _watch.start()
@@ -49,7 +49,7 @@ def watch_others() -> None:
 
 @contextlib.contextmanager
 def own_failure() -> Iterator[None]:
-    """An exception inside ends this process, with the time to put away what it has in its hands."""
+    """Let an exception inside end this process, with time to finish a save."""
     _failing.clear()
     try:
         yield
@@ -59,13 +59,13 @@ def own_failure() -> Iterator[None]:
 
 
 def leave(code: int, reason: str) -> None:
-    """End this process, and the others if it failed; returns if it did not.
+    """Disconnect this process; with a code other than 0 end it, and tell the others why.
 
     At a regular exit JAX would wait minutes for the other processes, which may wait for this one.
 
     Args:
       code: the exit code.
-      reason: what the others say of a code that is not 0.
+      reason: what the others print if the code is not 0.
     """
     state = jax_distributed.global_state
     if code:
@@ -83,7 +83,7 @@ def leave(code: int, reason: str) -> None:
 
 
 def end(code: int, line: str) -> NoReturn:
-    """End this process at once."""
+    """End this process at once, with an error line unless it is empty."""
     if not _exit.acquire(blocking=False):
         threading.Event().wait()  # another thread is about to end it
     if line:
@@ -96,12 +96,12 @@ def end(code: int, line: str) -> NoReturn:
 
 
 def catch_aborts() -> None:
-    """Say what it means when JAX aborts this process; to be called before it joins the others."""
+    """Print a line when JAX aborts this process; call it before the processes join."""
     _on_abort(_aborted)
 
 
 def _meet_and_exit(code: int, line: str = '') -> NoReturn:
-    """End together: whoever holds the coordination service would else end the others' words."""
+    """Exit together: process 0 has the coordination service, without which the others abort."""
     if line:
         say(f'error: {line}')
     _leaving.set()

@@ -1,9 +1,9 @@
 """How the state of a run lies on the mesh.
 
-With `config.sharding='replicated'` every device holds all of it but what the method spreads (a
-queue). With `'zero'` each holds a slice of every parameter and of what the optimizer keeps for it
-(ZeRO, Rajbhandari et al. 2020, 1910.02054): a step gathers the parameters, and hands each device
-its slice of the averaged gradient. Methods, checkpoints and evaluations know whole arrays only.
+With `config.sharding='replicated'` every device holds all of it, except what the method splits (a
+queue). With `'zero'` each device holds a slice of every parameter and of the optimizer's state
+(ZeRO, Rajbhandari et al. 2020, 1910.02054): a step gathers the parameters, and gives each device
+its slice of the averaged gradient. Methods, checkpoints and evaluations see full shapes only.
 """
 
 import math
@@ -19,17 +19,17 @@ from swav_jax.parallel.mesh import AXES, REPLICATED
 
 
 class Layout:
-    """Where the arrays of a `state.TrainState` lie.
+    """How the arrays of a `state.TrainState` are split over a mesh.
 
     Args:
       mesh: with the axes ('group', 'member'); an abstract one is enough for tracing.
       shapes: the whole state, or its shapes.
       sharding: `config.sharding`.
-      method: how the method's state is split, see `Method.specs`.
+      method: the PartitionSpecs of the method's state, see `Method.specs`.
 
     Attributes:
       mesh: the mesh.
-      specs: per array of a state, how it is split.
+      specs: a PartitionSpec for each array of a state.
       shardings: the same as shardings on the mesh.
     """
 
@@ -48,28 +48,28 @@ class Layout:
         self._gather = jax.jit(self._cut, out_shardings=self._whole)
 
     def pad(self, state: Any) -> Any:
-        """A whole state with zeros behind what the devices do not divide."""
+        """Pad the arrays of a whole state with zeros to lengths that the devices divide."""
         opt_state = jax.tree.map(self._pad, state.opt_state) if self._zero else state.opt_state
         return state.replace(params=self.pad_params(state.params), opt_state=opt_state)
 
     def pad_params(self, params: Any) -> Any:
-        """Parameters as they lie in a state: with zeros behind what the devices do not divide."""
+        """Pad whole parameters like `pad`."""
         return jax.tree.map(self._pad, params) if self._zero else params
 
     def cut_params(self, params: Any) -> Any:
-        """The parameters of a state without these zeros, each device's slice where it is."""
+        """Undo `pad_params`; each device keeps its slice."""
         return jax.tree.map(_cut, params, self._shapes.params) if self._zero else params
 
     def spread(self, state: Any) -> Any:
-        """A whole state, laid over the mesh."""
+        """Pad a whole state and split it over the mesh."""
         return self._spread(state)
 
     def gather(self, state: Any) -> Any:
-        """The whole state, its parameters and what the optimizer keeps on every device."""
+        """Undo `spread`: parameters and the optimizer's state are whole on every device."""
         return self._gather(state) if self._zero else state
 
     def whole(self) -> Any:
-        """Shapes and shardings of what `gather` returns."""
+        """Shapes and shardings of the state that `gather` returns."""
         shardings = jax.tree.broadcast(self._whole, self._shapes)
         return jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -78,10 +78,10 @@ class Layout:
         )
 
     def own(self, params: Any) -> Any:
-        """Inside `shard_map`: the whole parameters, as each replica's own.
+        """Inside `shard_map`: the whole parameters, cast to vary over replicas.
 
-        The gradient by them is that of the replica's own loss. Without the cast `shard_map` would
-        sum gradients itself, in the compute dtype.
+        Their gradient is that of the replica's own loss. Without the cast `shard_map` would sum
+        gradients itself, in the compute dtype.
         """
         if not self._zero:
             return lax.pcast(params, AXES, to='varying')
@@ -96,10 +96,9 @@ class Layout:
         return jax.tree.map(gather, params, self._shapes.params)
 
     def average(self, grads: Any) -> Any:
-        """Inside `shard_map`: the mean over replicas of whole gradients; 'zero': this one's slice.
+        """Inside `shard_map`: the mean of gradients over replicas; with 'zero', this one's slice.
 
-        float32 gradients are averaged in float32: one all-reduce, or as many bytes of
-        reduce-scatter.
+        float32 gradients are averaged in float32, by an all-reduce or a reduce-scatter.
         """
 
         def scatter(g):
@@ -129,7 +128,7 @@ def _cut(x: jax.Array, whole: Any) -> jax.Array:
 
 
 def _split_axis(shape: tuple[int, ...]) -> int:
-    """The longest axis, where padding costs least; the last one of several."""
+    """The longest axis, whose padding costs least; the last one if several are as long."""
     return max(range(len(shape)), key=lambda axis: (shape[axis], axis))
 
 

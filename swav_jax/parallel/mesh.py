@@ -1,6 +1,7 @@
 """Devices as a mesh ('group', 'member'), and arrays laid over it.
 
-A row of the mesh is a SyncBatchNorm group: BatchNorm reduces over 'member', all else over both.
+A row of the mesh is a SyncBatchNorm group: BatchNorm reduces over 'member', everything else over
+both axes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,19 +14,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from swav_jax.errors import UserError
 
 AXES = ('group', 'member')
-BATCH = PartitionSpec(AXES)  # axis 0 spread over all replicas
+BATCH = PartitionSpec(AXES)  # axis 0 split over all replicas
 CROPS = PartitionSpec(None, AXES)  # axis 1: (crop, image, ...)
 REPLICATED = PartitionSpec()
 
 
 def make_mesh(sync_bn: Mapping, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices, in rows that share BatchNorm's statistics.
+    """Return a mesh of devices, in rows that share BatchNorm's statistics.
 
     Args:
       sync_bn: `config.model.sync_bn`. group_size 0: one row; n: rows of n devices; -1: a row per
         process. `enabled=False`: rows of one device.
-      devices: default, all of all processes. They are put in the order of the processes, so that a
-        process holds consecutive rows of a batch.
+      devices: default: all devices of all processes. They are sorted by process, so that a process
+        holds consecutive rows of a batch.
 
     Raises:
       UserError: the group size does not divide the number of devices.
@@ -38,7 +39,7 @@ def make_mesh(sync_bn: Mapping, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def mesh_shape(sync_bn: Mapping, num_devices: int, num_local: int) -> tuple[int, int]:
-    """(groups, members) of a mesh of devices, `num_local` of them in each process.
+    """Return (groups, members) of a mesh of devices, `num_local` of them in each process.
 
     Raises:
       UserError: the group size does not divide the number of devices.
@@ -54,7 +55,7 @@ def mesh_shape(sync_bn: Mapping, num_devices: int, num_local: int) -> tuple[int,
 
 
 def put(mesh: Mesh, tree, spec: PartitionSpec = REPLICATED):
-    """Host arrays, the same on all processes, as global arrays laid out by `spec`."""
+    """Put host arrays, equal on all processes, on the mesh as global arrays split by `spec`."""
     sharding = NamedSharding(mesh, spec)
 
     def put_leaf(x):
@@ -65,7 +66,7 @@ def put(mesh: Mesh, tree, spec: PartitionSpec = REPLICATED):
 
 
 def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays, split along axis 0 over all devices."""
+    """Put this process's rows of a batch on the mesh as global arrays, split along axis 0."""
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
@@ -73,10 +74,10 @@ def put_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
 
 
 def vary_alike(*arrays: jax.Array) -> list[jax.Array]:
-    """Inside `shard_map`: arrays cast to vary over all the axes over which any of them varies.
+    """Inside `shard_map`: cast arrays to vary over all the axes over which any of them varies.
 
-    To be called before a function with a backward pass of its own: the gradients that this returns
-    then have the types of its arguments, and the cast's transpose sums those of replicated ones.
+    Call it before a function with a custom backward pass: the gradients that it returns then have
+    the types of its arguments, and the transpose of the cast sums those of replicated arguments.
     """
     varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     axes = frozenset().union(*varying)

@@ -1,1 +1,1 @@
-"""What keeps a run: its folder, its checkpoints, its records, its failures."""
+"""What a run writes and reads: checkpoints, metrics, signals, failures."""

@@ -1,4 +1,4 @@
-"""Runs that learn nothing: recognised, and what the authors advise."""
+"""Runs that learn nothing: counting how long a method's sign of collapse lasts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from swav_jax.errors import RunFailedError
 
 
 class Collapse:
-    """Looks at the rows of metrics.jsonl as they are made, for the method's signs of collapse.
+    """Watches the rows of metrics.jsonl for the method's signs of collapse.
 
     They are usual while the prototypes are frozen, and for a while after.
     """
@@ -23,10 +23,10 @@ class Collapse:
         self._said = False
 
     def look(self, row: Mapping[str, Any] | None) -> str | None:
-        """A row, or None; returns a warning once it has looked collapsed for long.
+        """Read a row, or None; return a warning, once, when `collapse_patience` steps show a sign.
 
         Raises:
-          RunFailedError: it has, and `config.train.on_collapse` is 'stop'.
+          RunFailedError: instead of the warning, if `config.train.on_collapse` is 'stop'.
         """
         if row is None:
             return None

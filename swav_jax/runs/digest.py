@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_AT_ONCE = 2**22  # words, of an array in the host's memory
+_AT_ONCE = 2**22  # words of an array in the host's memory, against temporary copies
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What a run says while it goes on: the progress line, metrics.jsonl, TensorBoard, the summary.
+"""What a run reports: the progress line, metrics.jsonl, TensorBoard, the summary.
 
-The step never waits for it: metrics stay on the devices and are fetched at the next logged step,
-when the devices have long been done with them. Process 0 writes; the others only fetch, which keeps
-them from running ahead of their devices.
+No step waits for a report: metrics stay on the devices and are fetched at the next logged step,
+when they have long been computed. Process 0 writes; the others only fetch, which keeps them from
+running ahead of their devices.
 """
 
 import json
@@ -16,40 +16,37 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
 from swav_jax import atomic
+from swav_jax.runs.progress_line import ProgressLine, sentence
 from swav_jax.runs.rows import Rows, put_aside_if_no_json, read_rows
 from swav_jax.runs.tensorboard import TensorBoard
 from swav_jax.runs.workdir import explanation
 
-_SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
 _COLUMNS = ('epoch', 'loss', 'lr', 'images_per_second', 'data_wait', 'loss_over_ln_k')
-_MOST_WAITING = 0.05  # share of the time that devices may wait for data unsaid
+_MOST_WAITING = 0.05  # share of the time that devices may wait for data without a warning
 
 
 class Monitor:
     """Metrics of a run in `workdir`.
 
     Args:
-        workdir: gets metrics.jsonl, events.jsonl, tensorboard/ and, at the end, summary.json.
-        total_steps: the run's steps.
-        steps_per_epoch: to tell the epoch.
-        batch_size: images a step, over all processes.
-        num_prototypes: K, or that of each head; ln K is the loss of a model that tells nothing
-            apart.
-        log_every_steps: steps between logged ones; the first and the last step are logged too.
-        first_step: steps made before, where a run is resumed. What is on record beyond them is
-            dropped, since those steps are made again; a file that is damaged is put aside.
-        console: where to print (default: stdout).
+      workdir: gets metrics.jsonl, events.jsonl, tensorboard/ and, at the end, summary.json.
+      total_steps, steps_per_epoch: of the run.
+      batch_size: images a step, over all processes.
+      num_prototypes: K, or that of each head; ln K is the loss of a model that cannot tell images
+        apart.
+      log_every_steps: steps between logged ones; the first and the last step are logged too.
+      first_step: steps done before, when a run is resumed. Rows of later steps are dropped, since
+        those steps are run again; a damaged file is set aside.
+      console: where to print (default: stdout).
 
     Attributes:
-        failure: why metrics.jsonl or events.jsonl cannot be written any more, or None. It is not
-            raised at once, so that the run can save what it has; `finish` and `check` do.
+      failure: why metrics.jsonl or events.jsonl can no longer be written, or None. It is not raised
+        at once, so that the run can save its state; `finish` and `check` raise it.
 
     Raises:
-        OSError: `workdir` cannot be written.
+      OSError: `workdir` cannot be written.
     """
 
     def __init__(
@@ -84,7 +81,7 @@ class Monitor:
                 put_aside_if_no_json(self._workdir / 'summary.json'),
             ]
             self._tensorboard = TensorBoard(self._workdir / 'tensorboard', first_step + 1)
-            self._line = _Line(console or Console(), total_steps, first_step)
+            self._line = ProgressLine(console or Console(), total_steps, first_step)
             for line in filter(None, damaged):
                 self.say(line)
 
@@ -97,15 +94,15 @@ class Monitor:
     def record(
         self, step: int, metrics: Mapping[str, jax.Array], data_wait: float = 0.0
     ) -> dict[str, Any] | None:
-        """Note a step; to be called after every one.
+        """Record a step; call it after every one.
 
         Args:
-            step: steps made, this one included.
-            metrics: scalars, at least `loss` and `lr`, the same on all devices.
-            data_wait: seconds that the step waited for its batch.
+          step: steps done, including this one.
+          metrics: scalars, at least `loss` and `lr`, the same on all devices.
+          data_wait: seconds that the step waited for its batch.
 
         Returns:
-            The row of the *previously* logged step if this one is logged, else None.
+          The row of the *previously* logged step if this one is logged, else None.
         """
         self._waited += data_wait
         if self._writes:
@@ -125,10 +122,10 @@ class Monitor:
         return row
 
     def flush(self) -> dict[str, Any] | None:
-        """Fetch and write the last logged step's row now and return it, if it is not yet written.
+        """Write the last logged step's row now, if it is not written yet, and return it.
 
-        To be called before a checkpoint is saved: a run that resumes from it makes that step no
-        more, so its row has to be on disk.
+        Call it before a checkpoint is saved: a run that resumes from there does not repeat the
+        step, so its row has to be on disk.
         """
         if self._pending is None:
             return None
@@ -139,18 +136,18 @@ class Monitor:
         row |= pending | {'loss_over_ln_k': loss / self._ln_k} | dict(sorted(metrics.items()))
         if self._writes:
             self._note(self._metrics, row)
-            self._line.tell(row['step'], _sentence(row, self._total_steps, self._left(row)))
+            self._line.tell(row['step'], sentence(row, self._total_steps, self._left(row)))
             self._warn_of_waiting(row)
             self._has_compiled = True
         return row
 
     def _left(self, row: Mapping[str, Any]) -> float | None:
-        """Seconds to the end at a row's speed; unknown from the one that holds the compilation."""
+        """Seconds to the end at a row's speed; unknown from the row that includes compilation."""
         images = (self._total_steps - row['step']) * self._batch_size
         return images / row['images_per_second'] if self._has_compiled else None
 
     def _warn_of_waiting(self, row: Mapping[str, Any]) -> None:
-        """Say once in a run that the devices wait for data, and what helps."""
+        """Report once that the devices wait for data, and what helps."""
         share = row['data_wait'] * row['images_per_second'] / self._batch_size
         if self._has_compiled and share > _MOST_WAITING and not self._warned:
             self._warned = True
@@ -160,7 +157,7 @@ class Monitor:
             )
 
     def events(self, values: Mapping[str, float], step: int) -> None:
-        """Note numbers that few steps have, such as the accuracy of a kNN classifier."""
+        """Record numbers that few steps have, such as the accuracy of a kNN classifier."""
         if self._writes and values:
             epoch = round(step / self._steps_per_epoch, 4)
             self._note(self._events, {'step': step, 'epoch': epoch} | dict(values))
@@ -168,7 +165,7 @@ class Monitor:
             self.say(f'step {step}/{self._total_steps}  {numbers}')
 
     def _note(self, rows: Rows, row: dict[str, Any]) -> None:
-        """Write a row into its file and into TensorBoard, which is only a view and may fail."""
+        """Write a row into its file and, as far as that works, into TensorBoard."""
         try:
             rows.append(row)
         except OSError as error:
@@ -185,11 +182,7 @@ class Monitor:
             self.say(f'TensorBoard gets no more events: {error.strerror}')
 
     def check(self) -> None:
-        """Raise what kept rows from being written.
-
-        Raises:
-            UserError: they could not be written.
-        """
+        """Raise a UserError if rows could not be written."""
         if self.failure is not None:
             raise explanation(self.failure, self._workdir) from self.failure
 
@@ -202,15 +195,15 @@ class Monitor:
         """Write summary.json, print it as a table, and close.
 
         Args:
-            summary: what the run found out, beyond what follows from metrics.jsonl.
+          summary: results beyond those that follow from metrics.jsonl.
 
         Returns:
-            All of it: steps, epochs, loss_first, loss_last, loss_last_over_ln_k, images_per_second
-            (the median over the logged steps) and data_wait_share (of the time), then `summary`.
+          All of them: steps, epochs, loss_first, loss_last, loss_last_over_ln_k, images_per_second
+          (the median over the logged steps) and data_wait_share (of the time), then `summary`.
 
         Raises:
-            UserError: rows could not be written.
-            OSError: summary.json cannot be written.
+          UserError: rows could not be written.
+          OSError: summary.json cannot be written.
         """
         self.flush()
         self.check()
@@ -225,69 +218,12 @@ class Monitor:
         return summary
 
     def close(self) -> None:
-        """Write what is pending and give the terminal back; harmless when done already."""
+        """Close TensorBoard's file and give the terminal back; harmless when called twice."""
         if self._writes and not self._closed:
             self._closed = True
             self._line.stop()
             if self._tensorboard is not None:
                 self._tensorboard.close()
-
-
-class _Line:
-    """One line that moves on a terminal; elsewhere a plain line every so often."""
-
-    def __init__(self, console: Console, total: int, first: int):
-        self._console = console
-        self._said_at = -math.inf
-        self._total = total
-        self._progress = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._progress = Progress(
-                BarColumn(bar_width=16),
-                TextColumn('{task.description}', markup=False),
-                console=console,
-                refresh_per_second=4,
-            )
-            self._task = self._progress.add_task('compiling …', total=total, completed=first)
-            self._progress.start()
-
-    def move(self, step: int) -> None:
-        if self._progress:
-            self._progress.update(self._task, completed=step)
-
-    def tell(self, step: int, text: str) -> None:
-        if self._progress:
-            self._progress.update(self._task, description=text)
-        elif step == self._total or time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
-            self._said_at = time.monotonic()
-            self.say(text)
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def table(self, summary: Mapping[str, Any]) -> None:
-        table = Table(show_header=False)
-        table.add_column()
-        table.add_column(justify='right')
-        for name, value in summary.items():
-            table.add_row(name, f'{value:,.4g}' if isinstance(value, float) else str(value))
-        self._console.print(table)
-
-
-def _sentence(row: Mapping[str, Any], total: int, seconds_left: float | None) -> str:
-    text = (
-        f'step {row["step"]}/{total}  epoch {row["epoch"]:.2f}  loss {row["loss"]:.4f}  '
-        f'lr {row["lr"]:.3g}'
-    )
-    if seconds_left is None:
-        return text
-    minutes, seconds = divmod(round(seconds_left), 60)
-    time_left = f'{minutes // 60}:{minutes % 60:02}:{seconds:02}'
-    return f'{text}  {row["images_per_second"]:,.0f} images/s  {time_left} left'
 
 
 def _in_short(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is known of a step that was not finite: enough to make it again, and to look at it."""
+"""A dump of a step that is not finite, from which it can be inspected and replayed."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.state import TrainState
 from swav_jax.step import multi_crop, objective
 
-MOST_CROPPED = 64  # images whose crops are written: the others' come from the images again
+MOST_CROPPED = 64  # images whose crops are written; a replay cuts the others again
 
 
 def write(
@@ -34,18 +34,18 @@ def write(
     batch: dict[str, jax.Array],
     about: dict[str, Any],
 ) -> Path:
-    """Write `nan_dump/` into the folder of the run; returns its path. All processes call it.
+    """Write `nan_dump/` into the folder of the run and return its path; all processes call it.
 
     It holds about.json, which the checkpoint repeats; arrays.npz with `index` (B,), `weight` (B,),
-    `embeddings` (V, B, D), of each head `scores0` (V, B, K) and `codes0` (A, B, K), and of each
+    `embeddings` (V, B, D), for each head `scores0` (V, B, K) and `codes0` (A, B, K), and for each
     group `crops0` (n, 64, S, S, channels); and state/, a checkpoint of the state before the step.
 
     Args:
       workdir: the run's folder.
       net, config, layout: as in `step.make_train_step`.
-      state: as the step left it, `failed`.
-      batch: the step's batch, on the mesh.
-      about: what replaying needs to know.
+      state: after the step, which changed nothing but `failed`.
+      batch: of the step, on the mesh.
+      about: what a replay needs to know.
 
     Raises:
       UserError: it cannot be written.
@@ -89,7 +89,7 @@ def _write_arrays(folder: Path, arrays: dict[str, np.ndarray], about: dict[str, 
 def _look(
     net: SwAVNet, config: ConfigDict, layout: Layout, state: TrainState, batch: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """What the step computed on its way."""
+    """Crops, outputs and codes of the step."""
     crops = multi_crop(config, layout.mesh, batch)
 
     def look(state, crops, weights):
@@ -110,12 +110,12 @@ def _look(
 
 
 def _everywhere(x: jax.Array) -> np.ndarray:
-    """A whole array in every process."""
+    """The whole array, in every process."""
     if x.is_fully_addressable:
         return np.asarray(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _plain(x: np.ndarray) -> np.ndarray:
-    """Of a type that NumPy's files know, which bfloat16 is not."""
+    """Convert bfloat16, which NumPy's files do not have, to float32."""
     return x.astype(np.float32) if x.dtype == jnp.bfloat16 else x

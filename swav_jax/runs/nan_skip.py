@@ -1,4 +1,4 @@
-"""What follows on a step that is not finite: the run ends, or goes on past what led there."""
+"""After a step that is not finite: the run ends, or skips the batches that led to it."""
 
 import sys
 from pathlib import Path
@@ -11,26 +11,23 @@ from swav_jax.errors import RunFailedError
 
 
 class SkipBatches(NamedTuple):
-    """Train again from the last checkpoint, and past batch `last`, for the `count`th time."""
+    """Resume from the last checkpoint and skip the batches up to `last`, for the `count`th time."""
 
     last: int
     count: int
 
 
 def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: int) -> SkipBatches:
-    """End the run, or say which batches to leave out.
+    """End the run, or return the batches to skip.
 
     Args:
       config: the settings.
       folder: the dump.
       step, batch: the step, and the number of its batch.
-      skips: how often this run began again already.
-
-    Returns:
-      The batches, if `config.train.on_nan` is 'skip'.
+      skips: how often batches were skipped before.
 
     Raises:
-      RunFailedError: it is 'stop', or batches were left out too often already.
+      RunFailedError: `config.train.on_nan` is 'stop', or batches were skipped too often.
     """
     again = f'python -m swav_jax.commands.replay {folder} shows it again'
     text = f'step {step:,} is not finite; {again}'
@@ -48,10 +45,10 @@ def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: in
 
 
 def batch_of_step(step: int, left_out: list[list[int]]) -> int:
-    """Number of the batch, from 0, that a step after all those `left_out` reads.
+    """Return the number of a step's batch, from 0.
 
     Args:
-      step: counted from 1.
-      left_out: (first, last) of each run of batches that were passed over.
+      step: from 1, after all skipped batches.
+      left_out: (first, last) of each range of skipped batches.
     """
     return step - 1 + sum(last - first + 1 for first, last in left_out)

@@ -8,12 +8,12 @@ SKIPPED = 3  # steps after a start, which compile and fill queues
 
 
 class Profile:
-    """Traces `steps` steps after the first few; a context that ends an unfinished trace.
+    """Traces `steps` steps after the first few; leaving the `with` ends an unfinished trace.
 
     Args:
-      folder: where the trace goes.
-      first_step: steps that the run made before.
-      steps: how many to trace; 0 traces nothing.
+      folder: for the trace.
+      first_step: steps done before.
+      steps: number of steps to trace, or 0.
     """
 
     def __init__(self, folder: Path, first_step: int, steps: int):
@@ -28,13 +28,13 @@ class Profile:
         self._stop()
 
     def before(self, step: int) -> None:
-        """To be called before every step."""
+        """Call it before every step."""
         if self._first <= step <= self._last and not self._running:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """To be called after every step, with what it returned."""
+        """Call it after every step, with the step's metrics."""
         if self._running and step >= self._last:
             jax.block_until_ready(metrics)
             self._stop()

@@ -1,4 +1,4 @@
-"""What a file system refuses, found in exceptions of any kind."""
+"""Refusals of a file system, found in exceptions of any kind."""
 
 import errno
 import os
@@ -8,9 +8,9 @@ from collections.abc import Collection
 from swav_jax.terminal import printable
 
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-# What keeps a process from a file, whatever the file holds.
+# The process may not open the file, whatever it holds.
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE)
-# What else a file system answers to a writer.
+# Other errors of a writer.
 OF_WRITERS = (
     *NO_ACCESS, errno.EROFS, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ENOTEMPTY,
@@ -18,9 +18,9 @@ OF_WRITERS = (
 
 
 def find(error: BaseException | None, codes: Collection[int]) -> str | None:
-    """The file system's refusal that an exception, or what caused it, tells of; None without one.
+    """Return the refusal with one of `codes` in an exception or its causes, or None.
 
-    TensorStore tells it in the text of other exceptions.
+    TensorStore has it in the text of other exceptions.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in codes:
@@ -34,6 +34,6 @@ def find(error: BaseException | None, codes: Collection[int]) -> str | None:
 
 
 def status(error: BaseException) -> str | None:
-    """TensorStore's own word for a file that is not there or cannot be used."""
+    """Return TensorStore's own code for a file that is missing or cannot be used."""
     found = re.match('NOT_FOUND|PERMISSION_DENIED|DATA_LOSS|FAILED_PRECONDITION', str(error))
     return found and found[0]

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run, and what must stay the same when the run goes on."""
+"""Resuming a run: what a checkpoint says of it, and which settings must not have changed."""
 
 import copy
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ FIXED = (
     'train.per_crop_pass',
 )  # fmt: skip
 FREE = ('data.batchsize_per_replica', 'data.max_bad_fraction', 'model.remat')
-AT_START = ('init_from', 'init_allow_partial')  # and never again, also with --force
-# Figures that were measured with other ones do not belong beside those to come.
+AT_START = ('init_from', 'init_allow_partial')  # used at the first start only, also with --force
+# Results of evaluations with other values are not comparable with later ones.
 MEASURED_WITH = (
     'evaluate.train_source', 'evaluate.test_source', 'evaluate.k', 'evaluate.temperature',
     'evaluate.size', 'evaluate.resize',
@@ -35,7 +35,7 @@ MEASURED_WITH = (
 
 
 def describe(config: ConfigDict, global_batch: int, source: Source) -> dict[str, Any]:
-    """What a checkpoint says of the run that made it; `source` is what it trains on."""
+    """Return what a checkpoint says of its run; `source` are the images."""
     return {
         'config': settings.to_dict(config),
         'version': swav_jax.__version__,
@@ -46,14 +46,13 @@ def describe(config: ConfigDict, global_batch: int, source: Source) -> dict[str,
 
 @dataclass(frozen=True)
 class Restored:
-    """A run that goes on.
+    """A run that is resumed.
 
     Attributes:
-      state: laid out.
+      state: split over the mesh.
       notes: see `read_notes`.
-      config: the settings, of which those that only act at the start are what they were then.
-      written: those for config.json; of a run of which no step is left only evaluations follow
-        this start's settings.
+      config: the settings; those that are used at the first start only are the first start's.
+      written: the settings for config.json. If no step is left, only those of evaluations are new.
       said: lines for the user.
     """
 
@@ -65,14 +64,14 @@ class Restored:
 
 
 def check_config(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Refuse to go on with settings or data that do not fit what was learned with others.
+    """Refuse to resume with settings or data that do not fit a checkpoint.
 
     Args:
-      now: this run, as `describe` says it.
-      saved: a checkpoint's metadata.
+      now: of this run, from `describe`.
+      saved: the checkpoint's metadata.
 
     Raises:
-      UserError: it names each setting that differs, with its old and its new value.
+      UserError: naming each setting that differs, with its old and its new value.
     """
     fixed = FIXED + methods.make(ConfigDict(now['config'])).fixed
     changed = [
@@ -95,16 +94,16 @@ def check_config(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
 
 
 def read_notes(now: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint carries beside the state, and a run changes as it goes on.
+    """Return what a checkpoint holds beside the state, and a run changes.
 
-    Figures that were measured with other images or in another way than `now` says are left out.
+    Results of evaluations with other images or settings than those of `now` are left out.
 
     Returns:
-      results: what the evaluations found; evaluated: whether the one that is due at this step is
-      among them; left_out: (first, last) of each run of batches that were passed over.
+      results: of the evaluations; evaluated: whether the one that is due at this step is among
+      them; left_out: (first, last) of each range of skipped batches.
 
     Raises:
-      KeyError, TypeError, ValueError: they are damaged.
+      KeyError, TypeError, ValueError: the metadata is damaged.
     """
     left_out = [[int(first), int(last)] for first, last in saved['left_out']]
     results = {str(name): float(value) for name, value in saved['results'].items()}
@@ -121,15 +120,15 @@ def restore(
     last_step: int,
     force: bool,
 ) -> Restored | None:
-    """The run as its newest sound checkpoint has it; None where it has none.
+    """Return the run of the newest sound checkpoint, or None without any checkpoint.
 
     Args:
       checkpoints: the run's.
       layout: of its state.
       config: the settings.
-      now: this start, as `describe` says it.
-      last_step: where the run ends.
-      force: go on also with other settings or data than it was made with.
+      now: of this start, from `describe`.
+      last_step: the run's last step.
+      force: resume also with other settings or data.
 
     Raises:
       UserError: settings or data do not fit.
@@ -166,7 +165,7 @@ def restore(
 def _changes(
     now: Mapping[str, Any], saved: Mapping[str, Any], among: tuple[str, ...]
 ) -> list[tuple[str, Any, Any]]:
-    """Name, old and new value of each setting that both know and that differs."""
+    """Name, old and new value of each setting that is in both and differs."""
     new = flatten_dict(now['config'] | {'global_batch': now['global_batch']}, sep='.')
     old = flatten_dict(saved['config'] | {'global_batch': saved['global_batch']}, sep='.')
     return [

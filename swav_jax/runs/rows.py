@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line, that grow while a run goes on: metrics.jsonl, events.jsonl."""
+"""Files of JSON objects, one per line, that grow during a run: metrics.jsonl, events.jsonl."""
 
 import contextlib
 import json
@@ -17,30 +17,30 @@ _LONGEST_LINE = 2**20  # bytes; the rows have some hundred
 class Rows:
     """A file of rows.
 
-    It is opened by its name for every row, so that a run whose folder was moved or deleted notices,
-    and does not write where nobody reads.
+    It is opened by its name for every row, so that a run notices when its folder was moved or
+    deleted, instead of writing where nobody reads.
 
     Args:
-        path: the file; `keep` makes it.
+      path: the file; `keep` makes it.
     """
 
     def __init__(self, path: Path):
         self.path = path
 
     def keep(self, last: int, columns: Collection[str] = ()) -> str | None:
-        """Keep the sound rows of steps up to `last`, none where it is 0; the file is there then.
+        """Keep the sound rows of steps up to `last`, no row if it is 0; make the file if needed.
 
-        A file that holds anything else than rows is put aside before.
+        A file with anything else than rows is renamed before.
 
         Args:
-            last: the last step to keep.
-            columns: what each row has to have.
+          last: the last step to keep.
+          columns: what each row must have.
 
         Returns:
-            A line that says what was put aside, if anything was.
+          A line about the damaged file, or None.
 
         Raises:
-            OSError: the file cannot be read or written.
+          OSError: the file cannot be read or written.
         """
         rows, sound = [], not os.path.lexists(self.path)
         if self.path.is_file():
@@ -56,14 +56,14 @@ class Rows:
         )
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row as one line; what is not a finite number becomes null, as JSON has no NaN.
+        """Write a row as one line; numbers that are not finite become null, since JSON has no NaN.
 
         Raises:
-            OSError: it cannot be written; the file then ends with the row before.
+          OSError: it cannot be written; the file then ends with the row before.
         """
         finite = {key: x if math.isfinite(x) else None for key, x in row.items()}
         line = json.dumps(finite).encode() + b'\n'
-        # Without O_CREAT: who moved or deleted the file did not mean it to come back.
+        # Without O_CREAT: a file that was moved or deleted is not made again.
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_NONBLOCK)
         try:
             before = os.fstat(file).st_size
@@ -82,19 +82,18 @@ class Rows:
 
 
 def read_rows(path: Path, columns: Collection[str] = ()) -> list[dict[str, Any]]:
-    """The rows of a file: objects of numbers with a whole `step`, and with `columns`.
+    """Return the rows of a file: objects of numbers with a whole `step`, and with `columns`.
 
-    Other lines are passed over: those that a killed process left unfinished, or that something else
-    wrote.
+    Other lines are skipped: those that a killed process left unfinished, or that are damaged.
     """
     return _read(path, frozenset(columns))[0] if path.is_file() else []
 
 
 def put_aside_if_no_json(path: Path) -> str | None:
-    """Rename what stands where a file with a JSON object belongs, and is none.
+    """Rename a file that should hold a JSON object and does not.
 
     Returns:
-        A line that says so, if that was done.
+      A line that says so, or None.
     """
     if not os.path.lexists(path):
         return None
@@ -114,7 +113,7 @@ def _put_aside(path: Path) -> Path:
 
 
 def _read(path: Path, columns: frozenset[str]) -> tuple[list[dict[str, Any]], bool]:
-    """The sound rows, and whether all lines but an unfinished last one are such."""
+    """Return the sound rows, and whether all lines except an unfinished last one are sound."""
     rows, sound = [], True
     with path.open('rb') as file:
         while line := file.readline(_LONGEST_LINE):
@@ -127,7 +126,7 @@ def _read(path: Path, columns: frozenset[str]) -> tuple[list[dict[str, Any]], bo
 
 
 def _is_unfinished(line: bytes) -> bool:
-    """Whether it is the beginning of a row, which a process that was killed did not end."""
+    """Whether a line is the beginning of a row, left by a killed process."""
     begins = line[: len(_BEGINNING)] == _BEGINNING[: len(line)]
     return begins and len(line) < _LONGEST_LINE and not line.endswith(b'\n')
 

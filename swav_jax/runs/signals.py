@@ -1,7 +1,7 @@
-"""Signals that end a run in good order: a scheduler's SIGTERM and SIGUSR1, and Ctrl-C.
+"""Signals that end a run with a checkpoint: a scheduler's SIGTERM and SIGUSR1, and Ctrl-C.
 
-They are blocked in all threads, and one thread waits for them. A long compilation then delays
-nothing, and the handler that JAX installs for SIGTERM between several processes takes none away.
+They are blocked in all threads, and one thread waits for them. So a long compilation does not delay
+them, and the handler that JAX installs for SIGTERM with several processes does not get them.
 """
 
 import _thread
@@ -13,20 +13,20 @@ from collections.abc import Iterator
 
 from swav_jax.terminal import say
 
-# What a process asks of all: it travels with the batch, and the largest number counts.
+# Requests of a process to all: they travel with the batch, and the largest one counts.
 SAVE, STOP, STOP_FOR_USER = 1, 2, 3
 CAUGHT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """A signal came while `Signals.interruptible` was in force."""
+    """A signal came inside `Signals.interruptible`."""
 
 
 class Signals:
-    """Notes signals while it is entered, in the main thread; to be entered before others start.
+    """Records signals inside a `with` of the main thread; enter it before other threads start.
 
     Attributes:
-      request: 0, or what the first signal asks for: STOP or STOP_FOR_USER.
+      request: 0, or the request of the first signal: STOP or STOP_FOR_USER.
     """
 
     def __init__(self):
@@ -49,7 +49,7 @@ class Signals:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """What may be left undone: a signal ends it at once.
+        """Let a signal interrupt what is inside, which need not be finished.
 
         Raises:
           Interrupted: a signal came, now or before.

@@ -1,7 +1,7 @@
-"""Events for TensorBoard, written as they come.
+"""Events for TensorBoard, written without a thread.
 
-tensorboardX's own writer hands them to a thread, which a full disk ends: a run that hands on
-more, or closes, then waits for ever.
+The thread of tensorboardX's own writer ends when the disk is full: the next event, or closing, then
+waits for ever.
 """
 
 import contextlib
@@ -23,12 +23,11 @@ class TensorBoard:
     """A file of events in a folder, beside those of earlier starts.
 
     Args:
-        folder: made if it is missing.
-        first_step: events of it and later steps, in the files of earlier starts, no longer count;
-            None where all do.
+      folder: made if it is missing.
+      first_step: TensorBoard drops events of this and later steps in earlier files; None: none.
 
     Raises:
-        OSError: the file cannot be written; from every method but `close`.
+      OSError: the file cannot be written; from every method except `close`.
     """
 
     def __init__(self, folder: Path, first_step: int | None = None):
@@ -44,23 +43,23 @@ class TensorBoard:
         self.flush()
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        """Note a number of a step."""
+        """Write a number of a step."""
         self._write(step=step, summary=summary.scalar(name, value))
         if time.monotonic() - self._flushed_at > _SECONDS_BETWEEN_FLUSHES:
             self.flush()
 
     def image(self, name: str, image: np.ndarray, step: int) -> None:
-        """Note an image (height, width, 3) of uint8."""
+        """Write an image (height, width, 3) of uint8."""
         self._write(step=step, summary=summary.image(name, image, dataformats='HWC'))
 
     def flush(self) -> None:
-        """Put on disk what was noted."""
+        """Put all events on disk."""
         with self._named():
             self._file.flush()
         self._flushed_at = time.monotonic()
 
     def close(self) -> None:
-        """Flush as far as that goes, and close."""
+        """Flush if that is possible, and close."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -70,7 +69,7 @@ class TensorBoard:
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
-        """Errors of a full disk know no file."""
+        """Add the file's name to errors of a full disk."""
         try:
             yield
         except OSError as error:

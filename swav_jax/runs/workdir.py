@@ -23,7 +23,7 @@ from swav_jax.runs.rows import put_aside_if_no_json
 from swav_jax.terminal import printable
 
 _LONGEST_NAME = 300  # bytes of the longest path below the folder
-# What a run itself writes into its folder, whole or not at all.
+# Files that a run writes into its folder by `atomic.replacing`.
 _OWN = re.compile(
     r'(metrics|events)\.jsonl|(config|summary|listing-[0-9a-f]+)\.json|bad_images\.txt|report\.html'
     r'|(loss|prototypes|map)\.png'
@@ -31,7 +31,7 @@ _OWN = re.compile(
 
 
 def open_workdir(workdir: str | Path) -> Path:
-    """The folder of the run, made if it is missing.
+    """Return the folder of the run, which is made if it is missing.
 
     Raises:
       UserError: it cannot be written.
@@ -57,11 +57,7 @@ def open_workdir(workdir: str | Path) -> Path:
 
 @contextlib.contextmanager
 def explained(workdir: Path) -> Iterator[None]:
-    """Turn what the file system refuses below the folder of a run into one line.
-
-    Raises:
-      UserError: it did.
-    """
+    """Turn an OSError of a file below the folder of a run into a UserError."""
     try:
         yield
     except OSError as error:
@@ -75,7 +71,7 @@ def explained(workdir: Path) -> Iterator[None]:
 
 
 def explanation(error: OSError, workdir: Path) -> UserError:
-    """What a file below the folder of a run was refused for, and what helps."""
+    """Return the error line for an OSError of a file below the folder of a run."""
     shown = printable(workdir)
     path = printable(os.fsdecode(error.filename)) if error.filename else shown
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.lexists(workdir / 'lock'):
@@ -93,19 +89,19 @@ def explanation(error: OSError, workdir: Path) -> UserError:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keep other runs out of the folder; process 0 does, for all.
+    """Lock the folder against other runs; process 0 does it for all.
 
-    The kernel holds the lock and drops it when the process ends, however it ends, so that the file
-    `lock` that is left behind locks nothing. Its text only says who holds the lock.
+    The kernel holds the lock and drops it when the process ends, however it ends, so the file
+    `lock` that stays behind locks nothing. Its text only names the process.
 
     Raises:
-      UserError: a living run holds it.
+      UserError: another run holds the lock.
     """
     if jax.process_index() > 0:
         yield
         return
     path = workdir / 'lock'
-    # What is there may be a pipe, which would keep a process that opens it waiting.
+    # Without O_NONBLOCK, opening a named pipe would wait for ever.
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(lock).st_mode):
@@ -113,7 +109,7 @@ def locked(workdir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            # Some network file systems have no locks: better to train without than not at all.
+            # Some network file systems have no locks: then train without one.
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 holder = os.read(lock, 200).decode(errors='replace')
                 raise UserError(
@@ -134,10 +130,10 @@ def locked(workdir: Path) -> Iterator[None]:
 
 
 def write_config(config: ConfigDict, workdir: Path) -> str | None:
-    """Put the settings into config.json, once whole.
+    """Write the settings into config.json.
 
     Returns:
-      A line that says what stood there and was put aside, if it was none of a run's.
+      A line about a damaged config.json that was renamed, or None.
     """
     if jax.process_index() > 0:
         return None

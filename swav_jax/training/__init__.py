@@ -1,4 +1,4 @@
-"""A run, from its settings to what it learned: `run`, read from top to bottom."""
+"""Training: `run`, from the settings to the results."""
 
 import contextlib
 from pathlib import Path
@@ -24,21 +24,21 @@ def run(
     force: bool = False,
     profile: int = 0,
 ) -> Results:
-    """Train as `config` says, or resume the run in `workdir` where it stopped.
+    """Train with `config`, or resume the run in `workdir`.
 
-    Writes config.json, metrics.jsonl, tensorboard/, checkpoints/, summary.json and, with
-    `config.evaluate.report`, the page and the pictures of `evaluate.report` into `workdir`;
-    nan_dump/ where a step is not finite.
+    Writes config.json, metrics.jsonl, events.jsonl, tensorboard/, checkpoints/ and summary.json
+    into `workdir`; with `config.evaluate.report` the page and the pictures of `evaluate.report`;
+    and nan_dump/ if a step is not finite.
 
     Args:
       config: the settings.
       workdir: the run's folder.
-      signals: entered; what it notes ends the run with a checkpoint.
-      force: resume also with a config that changes what was learned.
-      profile: steps to write a trace of, into profile/.
+      signals: entered; a signal ends the run with a checkpoint.
+      force: resume also with settings or data that do not fit what was learned.
+      profile: number of steps to trace, into profile/.
 
     Returns:
-      The summary that is written to summary.json.
+      The content of summary.json.
 
     Raises:
       UserError: a setting, the data or the folder cannot work.

@@ -1,4 +1,4 @@
-"""The loop: one step after the other, and what is due between them."""
+"""The training loop: steps, and what is due between them."""
 
 import time
 from collections.abc import Iterator
@@ -27,15 +27,15 @@ from swav_jax.training.setup import Setup, introduce
 
 
 def train(setup: Setup, signals: Signals, profile: int) -> Results | SkipBatches:
-    """Make the steps that are left, and show what was learned.
+    """Run the remaining steps and write the results.
 
     Args:
-      setup: the run.
+      setup: of the run.
       signals, profile: as in `run`.
 
     Returns:
-      The summary, or what to leave out where a step is not finite and `config.train.on_nan` is
-      'skip': then the run begins again from its last checkpoint.
+      The summary; or the batches to skip after a step that is not finite, if `config.train.on_nan`
+      is 'skip': the run is then resumed from its last checkpoint.
     """
     config, sizes, first_step = setup.config, setup.sizes, setup.first_step
     monitor = Monitor(
@@ -67,7 +67,7 @@ def train(setup: Setup, signals: Signals, profile: int) -> Results | SkipBatches
             run.state, metrics, news = train_step(run.state, meshes.put_batch(setup.mesh, batch))
             run.queued(step, batch, news)
             if step == first_step + 1:
-                give_back_freed_memory()  # what compiling used
+                give_back_freed_memory()  # of the compiler
             profiled.after(step, metrics)
             # One step computes while the next is queued; a longer queue would hold more batches.
             request = run.confirm(step - 1)
@@ -76,7 +76,7 @@ def train(setup: Setup, signals: Signals, profile: int) -> Results | SkipBatches
             run.look(monitor.record(step, metrics | {'lr': lr}, data_wait))
             evaluates = is_due(step, config.evaluate, sizes)
             saves = is_due(step, config.checkpoint, sizes)
-            if request or evaluates or saves:  # of this step, before anything is made of it
+            if request or evaluates or saves:  # which need to know that this step is finite
                 request = max(request, run.confirm(step))
             if run.skip:
                 return run.skip
@@ -96,7 +96,7 @@ def train(setup: Setup, signals: Signals, profile: int) -> Results | SkipBatches
 
 
 def show(setup: Setup, state: TrainState, monitor: Monitor) -> None:
-    """Write the report of a run that has ended; all processes look at the images together."""
+    """Write the report of a finished run; all processes extract the features together."""
     shown = setup.evaluation.test
     found = setup.evaluation.look(setup.layout.gather(state), shown)
     if jax.process_index() == 0:
@@ -108,10 +108,9 @@ def show(setup: Setup, state: TrainState, monitor: Monitor) -> None:
 def fetch(
     batches: Iterator[pipeline.Batch], news: jax.Array | None
 ) -> tuple[pipeline.Batch, float]:
-    """The next batch of this process, and how many seconds its devices stood idle for it.
+    """Return this process's next batch, and for how many seconds its devices were idle.
 
-    The time counts only when the step in progress, whose `news` these are, ended before the batch
-    came.
+    That is 0 while the step in progress, whose `news` are given, was still being computed.
     """
     start = time.perf_counter()
     batch = next(batches)
@@ -121,7 +120,7 @@ def fetch(
 
 
 def is_due(step: int, every: ConfigDict, sizes: settings.Sizes) -> bool:
-    """Whether something happens after this step: at the end, and every so many epochs or steps."""
+    """Whether an action is due after this step: at the end, and every so many epochs or steps."""
     epochs, steps = every.every_epochs, every.get('every_steps', 0)
     return (
         step == sizes.last_step

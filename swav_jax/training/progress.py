@@ -1,4 +1,4 @@
-"""What survives a step, and what is done between two."""
+"""The state of a run in progress, and the actions between its steps."""
 
 import collections
 import contextlib
@@ -20,12 +20,12 @@ from swav_jax.training.setup import Setup
 
 
 class Progress:
-    """What survives a step, and what is done between two.
+    """The state of a run in progress, and the actions between its steps.
 
     Attributes:
-      state: after the last step that was queued.
-      notes: what a checkpoint carries beside it, as in `Setup`.
-      skip: set by `confirm` where the run is to begin again.
+      state: after the last queued step.
+      notes: what a checkpoint holds beside the state, as in `Setup`.
+      skip: the batches to skip, set by `confirm` after a step that is not finite.
     """
 
     def __init__(self, setup: Setup, monitor: Monitor, signals: Signals):
@@ -44,15 +44,15 @@ class Progress:
 
     @property
     def news(self) -> jax.Array | None:
-        """The last queued step's, as `make_train_step` says; None once it is confirmed."""
+        """News of the last queued step, see `make_train_step`; None once it is confirmed."""
         return self._queued[-1][2] if self._queued else None
 
     def wanted(self) -> int:
-        """What this process asks of all: 0, STOP or STOP_FOR_USER."""
+        """This process's request to all: 0, STOP or STOP_FOR_USER."""
         return max(self._signals.request, STOP if self._monitor.failure else 0)
 
     def request(self) -> int:
-        """The same, or SAVE where a checkpoint is due by the clock, which is that of process 0."""
+        """The same, or SAVE if a checkpoint is due by the clock of process 0."""
         minutes, now = self._setup.config.checkpoint.every_minutes, time.monotonic()
         due = minutes and jax.process_index() == 0 and now - self._last_save > 60 * minutes
         if due and not self.wanted():
@@ -61,13 +61,13 @@ class Progress:
         return self.wanted()
 
     def queued(self, step: int, batch: pipeline.Batch, news: jax.Array) -> None:
-        """Note a step that the devices will make."""
+        """Record a step that was sent to the devices."""
         news.copy_to_host_async()
         read = {name: batch[name] for name in ('index', 'weight')}
         self._queued.append((step, read, news))
 
     def confirm(self, last: int) -> int:
-        """Wait for the steps up to `last`; what any process asked for in them.
+        """Wait for the steps up to `last`, and return the largest request in them.
 
         Raises:
           RunFailedError: a step is not finite, and `config.train.on_nan` is 'stop'.
@@ -106,10 +106,10 @@ class Progress:
             self._monitor.say(warning)
 
     def evaluate(self, step: int) -> int:
-        """Measure what was learned; what a signal asks for that came meanwhile and ended it.
+        """Evaluate the network; return the request of a signal that interrupted it, or 0.
 
         Raises:
-          UserError: of the images to evaluate on; what was trained is saved.
+          UserError: the images to evaluate on cannot be used; the state is saved before.
         """
         self.notes['evaluated'] = False
         # Several processes evaluate together, and none may leave the others waiting.
@@ -153,15 +153,15 @@ class Progress:
 
 
 def note_bad_images(bad_images: BadImages, batch: pipeline.Batch, monitor: Monitor) -> None:
-    """List what no process could read of a step's batch.
+    """Add the images of a step's batch that could not be read to the list.
 
-    The processes speak to each other only in a step that has such images, which its news tell all
-    of them: so they all hold the same list, and stop at the same step.
+    The processes communicate only in a step with such images, of which its news tell all of them.
+    So all of them hold the same list, and stop at the same step.
 
     Args:
       bad_images: the list.
       batch: this process's, of which `index` and `weight` are read.
-      monitor: says what is new.
+      monitor: prints the new ones.
 
     Raises:
       UserError: the list is too long; SaidElsewhereError on all processes but the first.

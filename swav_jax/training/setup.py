@@ -1,4 +1,4 @@
-"""What a run works with: opened, and taken up where its last checkpoint left it."""
+"""Preparing a run: devices, images, network and state, new or from the last checkpoint."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from swav_jax.state import TrainState, make_schedule, make_state
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with, from its start or its last checkpoint on.
+    """A run that is ready to train.
 
     Attributes:
       config: the settings.
@@ -34,16 +34,16 @@ class Setup:
       mesh: the devices.
       source: the images to train on.
       sizes: of the batch, the epoch, the run.
-      schedule: the learning rate.
+      schedule: the learning rate by step.
       net, tx: the network and the optimizer.
       layout: of the state on the mesh.
-      evaluation: what measures the network while it learns.
+      evaluation: of the network during training.
       checkpoints: the run's.
-      about: what a checkpoint says of the run, the same in all of them.
-      state: the state that the first step reads.
-      first_step: steps made before.
-      notes: what a checkpoint carries beside the state: see `resume.read_notes`.
-      skips: how often batches were left out after a step that is not finite.
+      about: what all checkpoints say of the run.
+      state: before the first step.
+      first_step: steps done before.
+      notes: what a checkpoint holds beside the state: see `resume.read_notes`.
+      skips: how often batches were skipped after a step that is not finite.
       said: lines for the user.
     """
 
@@ -83,11 +83,11 @@ class Setup:
 
 
 def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | None) -> Setup:
-    """Open what a run needs, and take up its last checkpoint.
+    """Prepare a run, from its last checkpoint if there is one.
 
     Args:
       config, workdir, force: as in `run`.
-      skip: leave out the batches from the last checkpoint to this one's last.
+      skip: the batches to skip, from the last checkpoint on.
 
     Raises:
       UserError: a setting, the data or the checkpoint cannot work.
@@ -146,7 +146,7 @@ def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | N
         state=state,
         first_step=first_step,
         notes=notes,
-        # Without a checkpoint in between, skips before this one became part of it.
+        # Without a checkpoint in between, several skips are one range.
         skips=max(len(notes['left_out']), skip.count if skip else 0),
         said=said,
     )
@@ -155,7 +155,7 @@ def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | N
 def start_from(
     config: ConfigDict, sizes: settings.Sizes, layout: Layout, state: TrainState
 ) -> TrainState:
-    """The state before the first step with the weights that `config.init_from` names.
+    """Return the state before the first step, with the weights of `config.init_from`.
 
     Raises:
       UserError: they cannot be read, or do not fit.
@@ -177,7 +177,7 @@ def start_from(
 
 
 def introduce(setup: Setup, say: Callable[[str], None]) -> None:
-    """Say in a few lines what is about to run."""
+    """Print in a few lines what is about to run."""
     config, sizes, first_step = setup.config, setup.sizes, setup.first_step
     count = sum(x.size for x in jax.tree.leaves(setup.layout.whole().params))
     device = setup.mesh.devices.flat[0]
