@@ -172,13 +172,7 @@ def objective(
     crops: list[jax.Array],
     weights: jax.Array,
 ) -> Found:
-    """Compute a replica's loss from its crops, inside `shard_map`.
-
-    Args:
-      net, config: as in `make_train_step`.
-      params: whole, see `Layout.own`.
-      state, crops, weights: as in `learn`.
-    """
+    """Compute a replica's loss inside `shard_map`, like `learn`, of whole `params`."""
     network = Network(
         functools.partial(forward, net, config),
         lambda params, z: head.prototype_scores(params['head'], z),

@@ -158,28 +158,15 @@ class Checkpoints:
         return max(self._folder.steps(), default=None)
 
     def metadata(self, step: int) -> dict:
-        """Metadata that was saved with a step.
-
-        Raises:
-          UserError: it is not what was written.
-        """
+        """Return the metadata of a step; raise a UserError if they are damaged."""
         return self._described(step)['metadata']
 
     def arrays(self, step: int) -> dict[str, dict]:
-        """Dtype, shape and digest of each array of a step's state, by its path.
-
-        Raises:
-          UserError: they are not what was written.
-        """
+        """Return dtype, shape and digest of each array of a step, by its path, like `metadata`."""
         return self._described(step)['arrays']
 
     def wait(self) -> None:
-        """Wait until the last `save` is on disk.
-
-        Raises:
-          UserError: the disk is full, and the previous checkpoint is intact; or the first one
-            cannot be read back.
-        """
+        """Wait until the last `save` is on disk; raises what `save` raises."""
         with self._folder.explained():
             self._finish_save()
 
@@ -308,11 +295,7 @@ class Checkpoints:
         return None
 
     def _load(self, step: int, choose: Callable[[int, dict], Any]) -> tuple[Any, dict]:
-        """One checkpoint, or `_DamagedError` on all processes if any of them cannot read it.
-
-        Raises:
-          UserError: a process is kept from the files; others, as `choose` says.
-        """
+        """Read a checkpoint; `_DamagedError` on all processes if any of them cannot read it."""
         problem, kind = '', _SOUND
         try:
             content = self._content(step)
@@ -366,10 +349,7 @@ class Checkpoints:
         return self._read_item(step, 'state', ocp.PyTreeCheckpointHandler(), args)
 
     def _read_item(self, step: int, item: str, handler: Any, args: Any) -> Any:
-        """Read an item without the other processes, which orbax's manager would wait for.
-
-        The damage may be in a part of a file that only some of them read.
-        """
+        """Read an item alone: another process may fail where this one finds no damage."""
         with ocp.Checkpointer(handler, multiprocessing_options=_alone()) as reader:
             return reader.restore(self._folder.plain / str(step) / item, args=args)
 

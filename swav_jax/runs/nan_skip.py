@@ -22,8 +22,8 @@ def after_nan(config: ConfigDict, folder: Path, step: int, batch: int, skips: in
 
     Args:
       config: the settings.
-      folder: the dump.
-      step, batch: the step, and the number of its batch.
+      folder: of the dump.
+      step, batch: numbers of the step and of its batch.
       skips: how often batches were skipped before.
 
     Raises:

@@ -13,13 +13,7 @@ _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
 
 
 class ProgressLine:
-    """A line that moves on a terminal; elsewhere a plain line every so often.
-
-    Args:
-      console: where to print.
-      total: the run's steps.
-      first: steps done before.
-    """
+    """A line that moves on a terminal; elsewhere a plain line every so often."""
 
     def __init__(self, console: Console, total: int, first: int):
         self._console = console

@@ -46,21 +46,13 @@ def describe(config: ConfigDict, global_batch: int, source: Source) -> dict[str,
 
 @dataclass(frozen=True)
 class Restored:
-    """A run that is resumed.
+    """A run that is resumed."""
 
-    Attributes:
-      state: split over the mesh.
-      notes: see `read_notes`.
-      config: the settings; those that are used at the first start only are the first start's.
-      written: the settings for config.json. If no step is left, only those of evaluations are new.
-      said: lines for the user.
-    """
-
-    state: TrainState
-    notes: dict[str, Any]
-    config: ConfigDict
-    written: ConfigDict
-    said: list[str]
+    state: TrainState  # split over the mesh
+    notes: dict[str, Any]  # see `read_notes`
+    config: ConfigDict  # the settings; of those `AT_START` the first start's
+    written: ConfigDict  # for config.json; if no step is left, only those of evaluations are new
+    said: list[str]  # lines for the user
 
 
 def check_config(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -123,11 +115,8 @@ def restore(
     """Return the run of the newest sound checkpoint, or None without any checkpoint.
 
     Args:
-      checkpoints: the run's.
-      layout: of its state.
-      config: the settings.
+      checkpoints, layout, config, last_step: of the run.
       now: of this start, from `describe`.
-      last_step: the run's last step.
       force: resume also with other settings or data.
 
     Raises:

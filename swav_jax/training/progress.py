@@ -97,11 +97,7 @@ class Progress:
         return after_nan(setup.config, folder, step, number, setup.skips)
 
     def look(self, row: dict[str, float] | None) -> None:
-        """Warn of a collapse.
-
-        Raises:
-          RunFailedError: `config.train.on_collapse` is 'stop'.
-        """
+        """Warn of a collapse, or raise a RunFailedError: see `Collapse.look`."""
         if warning := self._collapse.look(row):
             self._monitor.say(warning)
 
@@ -140,11 +136,7 @@ class Progress:
         self.look(row)
 
     def stop(self, step: int, request: int) -> None:
-        """Save a checkpoint and end the run.
-
-        Raises:
-          StoppedError: always.
-        """
+        """Save a checkpoint and raise a StoppedError, which ends the run."""
         self.save(step)
         self._setup.checkpoints.close()
         with distributed.failing_together():
@@ -157,11 +149,6 @@ def note_bad_images(bad_images: BadImages, batch: pipeline.Batch, monitor: Monit
 
     The processes communicate only in a step with such images, of which its news tell all of them.
     So all of them hold the same list, and stop at the same step.
-
-    Args:
-      bad_images: the list.
-      batch: this process's, of which `index` and `weight` are read.
-      monitor: prints the new ones.
 
     Raises:
       UserError: the list is too long; SaidElsewhereError on all processes but the first.

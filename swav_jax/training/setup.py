@@ -26,44 +26,25 @@ from swav_jax.state import TrainState, make_schedule, make_state
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready to train.
-
-    Attributes:
-      config: the settings.
-      workdir: the run's folder.
-      mesh: the devices.
-      source: the images to train on.
-      sizes: of the batch, the epoch, the run.
-      schedule: the learning rate by step.
-      net, tx: the network and the optimizer.
-      layout: of the state on the mesh.
-      evaluation: of the network during training.
-      checkpoints: the run's.
-      about: what all checkpoints say of the run.
-      state: before the first step.
-      first_step: steps done before.
-      notes: what a checkpoint holds beside the state: see `resume.read_notes`.
-      skips: how often batches were skipped after a step that is not finite.
-      said: lines for the user.
-    """
+    """A run that is ready to train."""
 
     config: ConfigDict
     workdir: Path
     mesh: Mesh
-    source: sources.Source
+    source: sources.Source  # the images to train on
     sizes: settings.Sizes
-    schedule: optim.Schedule
+    schedule: optim.Schedule  # the learning rate by step
     net: models.SwAVNet
     tx: optax.GradientTransformation
     layout: Layout
     evaluation: OnlineEvaluation
     checkpoints: Checkpoints
-    about: dict[str, Any]
+    about: dict[str, Any]  # what all checkpoints say of the run
     state: TrainState
-    first_step: int
-    notes: dict[str, Any]
-    skips: int
-    said: list[str]
+    first_step: int  # steps done before
+    notes: dict[str, Any]  # what a checkpoint holds beside the state, see `resume.read_notes`
+    skips: int  # how often batches were skipped after a step that is not finite
+    said: list[str]  # lines for the user
 
     def batches(self, first: int) -> Iterator[pipeline.Batch]:
         """This process's share of every batch from number `first` on."""
