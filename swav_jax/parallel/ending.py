@@ -29,7 +29,7 @@ _MEET = 30  # seconds for which the processes wait for each other before they ex
 _TICK = 1  # seconds between two looks at the clock
 _KEY = 'swav_jax/failure'
 
-_AGAIN = 'start all of them again, the run goes on from its last checkpoint'
+_AGAIN = 'start all of them again, the run resumes from its last checkpoint'
 
 _failing = threading.Event()  # the main thread is about to end this process
 _leaving = threading.Event()
@@ -150,7 +150,7 @@ def _about_others() -> str:
             f'without it: {_AGAIN}'
         )
     return (
-        'another process has ended without a word, or did not answer for '
+        'another process has ended without a message, or did not answer for '
         f'{HEARTBEAT_TIMEOUT} seconds: {_AGAIN}'
     )
 

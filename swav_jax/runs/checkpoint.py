@@ -2,11 +2,10 @@
 
 This is the only file that knows orbax. Orbax writes a checkpoint into a temporary folder and
 renames it when all of it is on disk, so a process that dies leaves the previous checkpoints as they
-were. What it does not do is notice a bit that changed on disk: the chunks that hold the arrays
+were. But it does not notice a bit that changed on disk: the chunks that hold the arrays
 carry no checksum. Each array therefore gets a digest, computed on the devices before it is written
-and again after it was read, which covers the whole way there and back and does not depend on how
-the array is sharded. The first checkpoint that a process saves is read back, since a file system or
-a path that fails for one checkpoint fails for all.
+and again after it is read; it does not depend on the sharding. The first checkpoint that a process
+saves is read back, since a file system or a path that fails for one checkpoint fails for all.
 """
 
 import contextlib
@@ -192,7 +191,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # the failure that led here is what counts
                 self._manager.wait_until_finished()
 
-        # Without a word to other processes, which may be gone, or not know of the failure.
+        # Without a barrier: other processes may be gone, or not know of the failure.
         waiting = threading.Thread(target=wait, daemon=True)
         waiting.start()
         waiting.join(None if jax.process_count() == 1 else _LONGEST_WAIT)
@@ -400,7 +399,7 @@ def _on_all_processes(condition: bool) -> bool:
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """What lets a process read without the others."""
+    """Options with which a process reads without the others."""
     me = jax.process_index()
     return ocp.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader {me}'

@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: what lies in it, whether it is still there, what it refuses.
+"""The folder of a run's checkpoints: its content, whether it still exists, what it refuses.
 
-Orbax looks for files by patterns (`*`, `[1]`), TensorStore takes paths for URLs and text (`gs:/`, a
-backslash, bytes that are not UTF-8). They get a path of other characters as a link.
+Orbax reads paths as patterns (`*`, `[1]`), TensorStore as URLs and text (`gs:/`, a backslash, bytes
+that are not UTF-8). Instead of a path with other characters than `_PLAIN` they get a link to it.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _SMALLEST = 100_000  # bytes of a checkpoint's files
 
 
 class CheckpointFolder:
-    """A folder with a subfolder for each checkpoint, named by its step.
+    """A folder with a subfolder for each checkpoint, whose name is the step.
 
     Args:
       path: the folder, which need not exist.
@@ -43,7 +43,7 @@ class CheckpointFolder:
     def __init__(self, path: Path | str):
         self.path = Path(path).absolute()
         self.shown = printable(self.path)
-        self._file: int | None = None  # the open folder: its identity, however it is moved
+        self._file: int | None = None  # the open folder, which stays the same when it is moved
         self._close_file: Callable[[], Any] = lambda: None
         self._remove_link: Callable[[], Any] = lambda: None
         self._saving: tuple[int | None, int] = None, 0
@@ -72,9 +72,9 @@ class CheckpointFolder:
         self._remove_link = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         if not _is_plain(folder):
             raise UserError(
-                f'{self.shown}: checkpoints cannot be kept in a path of such characters when that '
-                f'of temporary files ({printable(folder)}) has such ones, too: name another folder '
-                'or set TMPDIR'
+                f'{self.shown}: checkpoints cannot be kept in a path with such characters if the '
+                f'path of temporary files ({printable(folder)}) has some as well: name another '
+                'folder or set TMPDIR'
             )
         link = Path(folder) / 'checkpoints'
         link.symlink_to(real)
@@ -83,8 +83,7 @@ class CheckpointFolder:
     def check_files(self, step: int) -> None:
         """Open every file of a checkpoint.
 
-        Orbax takes a folder that may not be entered for an empty one, and waits for ever for what
-        comes through a named pipe.
+        Orbax reads a folder without permission as an empty one, and hangs on a named pipe.
 
         Raises:
           OSError: a file or a folder cannot be read.
@@ -121,7 +120,7 @@ class CheckpointFolder:
             return False
 
     def saving(self, step: int, num_bytes: int) -> None:
-        """Note what is about to be written: a step's checkpoint of so many bytes."""
+        """Remember the step and the size of the checkpoint that is about to be written."""
         self._saving = step, num_bytes
 
     def close(self) -> None:

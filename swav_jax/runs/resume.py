@@ -80,8 +80,8 @@ def check_config(now: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             changed.append(f'{where} are {new["count"]:,} others, or in another order')
     if changed:
         raise UserError(
-            f'the run in this --workdir was made with other settings ({", ".join(changed)}): take '
-            'them back, name another --workdir, or go on all the same with --force'
+            f'the run in this --workdir was made with other settings ({", ".join(changed)}): use '
+            'those, name another --workdir, or resume anyway with --force'
         )
 
 

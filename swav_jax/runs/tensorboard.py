@@ -1,7 +1,6 @@
 """Events for TensorBoard, written without a thread.
 
-The thread of tensorboardX's own writer ends when the disk is full: the next event, or closing, then
-waits for ever.
+The thread of tensorboardX's own writer ends when the disk is full, and the next event hangs.
 """
 
 import contextlib

@@ -82,7 +82,7 @@ def explanation(error: OSError, workdir: Path) -> UserError:
     if error.errno in NO_SPACE:
         return UserError(
             f'no space for {path} ({error.strerror}): make room, then start the same command '
-            'again; the run goes on from its last checkpoint'
+            'again; the run resumes from its last checkpoint'
         )
     return UserError(os_error_line(error))
 
@@ -101,11 +101,11 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
         return
     path = workdir / 'lock'
-    # Without O_NONBLOCK, opening a named pipe would wait for ever.
+    # Without O_NONBLOCK, opening a named pipe would hang.
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(lock).st_mode):
-            raise UserError(f'{printable(path)} is no file: move it away')
+            raise UserError(f'{printable(path)} is not a file: move it away')
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
