@@ -12,11 +12,11 @@ Run        python -m swav_jax.main --config configs/swav_regnety_128gf.py --work
 Words after a colon: those of swav_r50.py.
 """
 
-from swav_jax.config import recipes
+from swav_jax.config import recipes, trunks
 
 
 def get_config(arg=''):
     """The recipe, changed by the words in `arg`."""
     config = recipes.imagenet(arg, hidden=7392, use_bn=False)
-    config.model.trunk.name = 'regnet_y_128gf'
+    config.model.trunk = trunks.section('regnet_y_128gf')
     return config

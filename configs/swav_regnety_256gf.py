@@ -15,13 +15,13 @@ Words after a colon: those of swav_r50.py. The trunk has 1,272,156,138 parameter
 features; with VISSL's head it is 1,382,964,678 in all.
 """
 
-from swav_jax.config import recipes
+from swav_jax.config import recipes, trunks
 
 
 def get_config(arg=''):
     """The recipe, changed by the words in `arg`."""
     config = recipes.imagenet(arg, hidden=10444, use_bn=False)
-    config.model.trunk.update(
-        name='regnet', depth=27, w_0=640, w_a=230.83, w_m=2.53, group_width=373
+    config.model.trunk = trunks.section(
+        'regnet', depth=27, w_0=640, w_a=230.83, w_m=2.53, group_width=373
     )
     return config

@@ -12,7 +12,7 @@ Run        python -m swav_jax.main --config configs/swav_regnety_400mf.py --work
 Words after a colon: 400mf (default), 800mf, 1_6gf or 3_2gf, and those of swav_r50.py.
 """
 
-from swav_jax.config import recipes
+from swav_jax.config import recipes, trunks
 
 WIDTHS = {'400mf': 440, '800mf': 768, '1_6gf': 888, '3_2gf': 1512}  # of the trunk's output
 
@@ -21,5 +21,5 @@ def get_config(arg=''):
     """The recipe, changed by the words in `arg`."""
     (name, width), arg = recipes.choose(arg, WIDTHS, '400mf')
     config = recipes.imagenet(arg, hidden=width)
-    config.model.trunk.name = f'regnet_y_{name}'
+    config.model.trunk = trunks.section(f'regnet_y_{name}')
     return config

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from swav_jax import config as settings
 from swav_jax import models, step
 from swav_jax.commands import plan
+from swav_jax.config import trunks
 from swav_jax.cpu import xla_settings
 from swav_jax.cpu.host_memory import give_back_freed_memory, keep_freed_memory
 from swav_jax.parallel.mesh import AXES, make_mesh
@@ -47,8 +48,8 @@ KINDS = ('step', 'step_with_augment', 'step_without_optimizer', 'network')
 IMAGENET = 1_281_167  # images
 LARGE = ((2, 224), (6, 96))
 TASKS = {
-    'r50': Task('resnet50', dict(depth=50), LARGE, 4, 64),
-    'r18': Task('resnet18', dict(depth=18), ((2, 64), (4, 32)), 64, 512),
+    'r50': Task('resnet50', dict(name='resnet', depth=50), LARGE, 4, 64),
+    'r18': Task('resnet18', dict(name='resnet', depth=18), ((2, 64), (4, 32)), 64, 512),
     'regnety_400mf': Task('regnet_y_400mf', dict(name='regnet_y_400mf'), LARGE, 4, 64),
 }
 
@@ -158,7 +159,7 @@ def flops(config: ConfigDict) -> float:
 def make_config(task: Task) -> ConfigDict:
     """The ImageNet recipe for a task, in bfloat16 on a GPU."""
     config = settings.default()
-    config.model.trunk.update(task.trunk)
+    config.model.trunk = trunks.section(**task.trunk)
     config.data.num_crops, config.data.size_crops = zip(*task.crops, strict=True)
     on_cpu = jax.default_backend() == 'cpu'
     config.data.batchsize_per_replica = task.batch if on_cpu else task.gpu_batch
@@ -248,7 +249,7 @@ def peer_run(task: Task, config: ConfigDict) -> Callable[[], None]:
     if not on_gpu:
         torch.set_num_threads(xla_settings.cores())
     _, hidden, dim = config.model.head.dims
-    width = models.trunk_output_dim(config.model.trunk)
+    width = models.feature_width(models.build(config.model).trunk, channels=3)
     twin = Twin(task.arch, width, hidden, dim, config.model.head.num_clusters[0])
     twin = twin.to(device, memory_format=torch.channels_last)
     network = torch.compile(twin) if on_gpu else twin

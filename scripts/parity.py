@@ -22,6 +22,7 @@ from torch_twin import Twin, twin_loss, twin_update
 
 from swav_jax import cli, methods, models, optim, step, torch_weights
 from swav_jax import config as settings
+from swav_jax.config import trunks
 from swav_jax.methods import swav
 from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import AXES, make_mesh, put
@@ -29,11 +30,11 @@ from swav_jax.parallel.mesh import AXES, make_mesh, put
 CROPS = ((64, 2), (32, 2))  # size, number
 PROTOTYPES, HIDDEN, DIM, FROZEN_STEPS = 30, 64, 16, 2
 TRUNKS = {
-    'resnet18': dict(depth=18),
-    'resnet34': dict(depth=34),
-    'resnet50': dict(depth=50),
-    'resnet101': dict(depth=101),
-    'resnext50_32x4d': dict(depth=50, groups=32, width_per_group=4),
+    'resnet18': dict(name='resnet', depth=18),
+    'resnet34': dict(name='resnet', depth=34),
+    'resnet50': dict(name='resnet', depth=50),
+    'resnet101': dict(name='resnet', depth=101),
+    'resnext50_32x4d': dict(name='resnet', depth=50, groups=32, width_per_group=4),
     'regnet_y_400mf': dict(name='regnet_y_400mf'),
     'regnet_y_800mf': dict(name='regnet_y_800mf'),
 }
@@ -43,7 +44,7 @@ def make_config(arch):
     """Our settings of the same training."""
     config = settings.default()
     config.data.size_crops, config.data.num_crops = zip(*CROPS, strict=True)
-    config.model.trunk.update(TRUNKS[arch])
+    config.model.trunk = trunks.section(**TRUNKS[arch])
     config.model.head.dims = (0, HIDDEN, DIM)
     config.model.head.num_clusters = (PROTOTYPES,)
     config.model.temp_frozen_params_iter_map = (('head/prototypes0', FROZEN_STEPS),)
@@ -63,10 +64,10 @@ def drift(ours, twin):
     return worst, where
 
 
-def ours_as_torch(state):
+def ours_as_torch(state, trunk):
     """Our weights under the twin's names."""
-    params, stats = jax.device_get((state.params, state.batch_stats))
-    tensors = torch_weights.to_torch(params, stats, 'swav')
+    variables = jax.device_get({'params': state.params, 'batch_stats': state.batch_stats})
+    tensors = torch_weights.to_torch(variables, 'swav', trunk)
     head = ('projection_head', 'prototypes')
     names = {name: name.removeprefix('module.') for name in tensors}
     return {
@@ -110,10 +111,9 @@ def main(argv: Sequence[str]) -> None:
     )
     state = put(mesh, jax.device_get(state))
 
-    twin = Twin(args.arch, models.trunk_output_dim(config.model.trunk), HIDDEN, DIM, PROTOTYPES).to(
-        getattr(torch, args.precision)
-    )
-    twin.load_state_dict({n: torch.tensor(v) for n, v in ours_as_torch(state).items()})
+    width = models.feature_width(net.trunk, channels=3)
+    twin = Twin(args.arch, width, HIDDEN, DIM, PROTOTYPES).to(getattr(torch, args.precision))
+    twin.load_state_dict({n: torch.tensor(v) for n, v in ours_as_torch(state, net.trunk).items()})
     buffers = {}
 
     net = models.build(config.model, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> None:
 
         state, metrics = update(state, crops, np.ones(args.batch, np.float32))
         ours, theirs = float(metrics['loss']), loss.item()
-        worst, where = drift(ours_as_torch(state), twin.state_dict())
+        worst, where = drift(ours_as_torch(state, net.trunk), twin.state_dict())
         print(
             f'{t:4d}   {theirs:<16.12f}  {ours:<16.12f}  {abs(ours / theirs - 1):<10.1e}   '
             f'{worst:.1e}  {where}'

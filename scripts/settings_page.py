@@ -5,8 +5,15 @@ python scripts/settings_page.py > docs/settings.md
 
 import itertools
 
+from swav_jax.config import trunks
+from swav_jax.config.kinds import Kind
 from swav_jax.config.schedules import Schedule
 from swav_jax.config.settings import SETTINGS
+from swav_jax.errors import UserError
+
+HEAD = '| setting | default | may be | meaning |\n|---|---|---|---|'
+# Defaults that are sections.
+DEFAULTS = {Schedule: 'warm-up, then a cosine', trunks.Trunk: 'a ResNet-50'}
 
 INTRODUCTION = """# Settings
 
@@ -19,15 +26,28 @@ def page() -> str:
     """The page as Markdown."""
     parts = [INTRODUCTION]
     for section, rows in itertools.groupby(SETTINGS.items(), key=lambda row: section_of(row[0])):
-        parts.append(f'## {section}\n')
-        parts.append('| setting | default | may be | meaning |\n|---|---|---|---|')
+        parts += [f'## {section}\n', HEAD]
         for path, setting in rows:
-            # Of a schedule the default is a section of its own: docs/recipes.md has it.
-            is_schedule = isinstance(setting.kind, Schedule)
-            default = 'warm-up, then a cosine' if is_schedule else f'`{setting.default!r}`'
+            default = DEFAULTS.get(type(setting.kind), f'`{setting.default!r}`')
             parts.append(f'| `{path}` | {default} | {setting.kind.words} | {setting.about} |')
         parts.append('')
+    for name in ('resnet', 'regnet'):
+        parts += [f'## model.trunk, of the name {name}\n', HEAD]
+        for key, field in trunks.fields(name).items():
+            kind, about = field.metadata['kind'], field.metadata['about']
+            default = f'`{field.default!r}`' if allows(kind, field.default) else 'none'
+            parts.append(f'| `model.trunk.{key}` | {default} | {kind.words} | {about} |')
+        parts.append('')
     return '\n'.join(parts)
+
+
+def allows(kind: Kind, value: object) -> bool:
+    """Whether a value is of a kind."""
+    try:
+        kind.check('', value)
+    except UserError:
+        return False
+    return True
 
 
 def section_of(path: str) -> str:

@@ -3,6 +3,8 @@
 import runpy
 from pathlib import Path
 
+from swav_jax.config import trunks
+
 DEMO = Path(__file__).parent.parent / 'configs' / 'demo.py'
 
 
@@ -13,9 +15,7 @@ def get_config():
     config.data.limit = 32
     config.data.num_crops, config.data.size_crops = (2,), (16,)
     config.data.crop_scales = ((0.4, 1.0),)
-    config.model.trunk.update(
-        name='regnet', depth=1, w_0=8, w_m=2.0, group_width=4, stem='imagenet', width_multiplier=1.0
-    )
+    config.model.trunk = trunks.section('regnet', depth=1, w_0=8, w_m=2.0, group_width=4)
     config.model.head.dims, config.model.head.num_clusters = (0, 8, 4), (5,)
     config.evaluate.train_source = config.evaluate.test_source = ''
     config.evaluate.report = False

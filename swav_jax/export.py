@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swav_jax import cli, torch_weights
+from swav_jax import cli, models, torch_weights
 from swav_jax.errors import UserError
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.terminal import printable
@@ -29,11 +29,11 @@ def export(
     file_format: str = 'pth',
     step: int | None = None,
 ) -> str:
-    """Writes the weights of a run's checkpoint to `out`, whole or not at all.
+    """Write the weights of a run's checkpoint to `out`, whole or not at all.
 
     Args:
       workdir: the folder of the run.
-      layout, file_format: one of `torch_layouts.LAYOUTS` and of `torch_weights.FORMATS`.
+      layout, file_format: one of `torch_weights.LAYOUTS` and of `torch_weights.FORMATS`.
       step: which checkpoint; None is the newest.
 
     Returns:
@@ -49,22 +49,25 @@ def export(
         )
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         step, variables, metadata = checkpoints.read(
-            ('params', 'batch_stats'), step, accept=_has_activation
+            ('params', 'batch_stats'), step, accept=_naming
         )
-    activation = _has_activation(metadata)
-    state = torch_weights.to_torch(**variables, layout=layout, activation=activation)
+    state = torch_weights.to_torch(variables, layout, **_naming(metadata))
     torch_weights.write(out, state, file_format)
     content = 'the trunk' if layout == 'torchvision' else 'trunk, head and prototypes'
     return f'{printable(out)}: {content} of step {step}, {len(state)} tensors, layout {layout}'
 
 
-def _has_activation(metadata: dict[str, Any]) -> bool:
-    """Whether the head of a run has activations."""
-    return metadata['config']['model']['head']['activation_name'].lower() != 'none'
+def _naming(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What the names of a run's tensors depend on."""
+    model = metadata['config']['model']
+    return {
+        'trunk': models.trunk_class(model['trunk']),
+        'activation': model['head']['activation_name'].lower() != 'none',
+    }
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command line that the module's docstring explains; returns the exit code."""
+    """Run the command line that the module's docstring explains; return the exit code."""
     return cli.run(_main, argv)
 
 

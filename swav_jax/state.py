@@ -74,12 +74,13 @@ def make_state(
 
     def initial(tx=None):
         variables = plain.init(jax.random.key(config.seed), crops, train=True)
-        params, own = method.init(variables['params'], variables['batch_stats'], sizes)
+        batch_stats = variables.get('batch_stats', {})
+        params, own = method.init(variables['params'], batch_stats, sizes)
         return TrainState(
             step=jnp.int32(0),
             failed=jnp.array(False),
             params=params,
-            batch_stats=variables['batch_stats'],
+            batch_stats=batch_stats,
             opt_state=tx and tx.init(params),
             method=own,
             loss_scale=LossScale.initial(config.precision),

@@ -206,7 +206,7 @@ def forward(
     )
     num_images = crops[0].shape[1]
     by_crop = jax.tree.map(lambda x: x.reshape(-1, num_images, x.shape[-1]), outputs)
-    return Outputs(*by_crop), new['batch_stats']
+    return Outputs(*by_crop), new.get('batch_stats', {})
 
 
 def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:

@@ -44,7 +44,7 @@ def small_config(**changes):
 def build(c, **kwargs):
     """The network of a config, with `OneLayer` for a trunk as narrow as `small_config`'s."""
     net = models.build(c.model, **kwargs)
-    if c.model.trunk.width_multiplier != 0.0625:
+    if c.model.trunk.get('width_multiplier') != 0.0625:
         return net
     return net.clone(trunk=OneLayer(net.trunk.conv, net.trunk.norm))
 

@@ -128,7 +128,7 @@ def test_network_of_every_file_has_shapes(name):
     )
     assert embeddings.shape == (1, config.model.head.dims[-1])
     assert [s.shape for s in scores] == [(1, k) for k in config.model.head.num_clusters]
-    width = models.trunk_output_dim(config.model.trunk)
+    width = models.feature_width(net.trunk, config.data.channels)
     params = variables['params']
     assert params['head']['linear0']['kernel'].shape[0] == width
     frozen = dict(config.model.temp_frozen_params_iter_map)

@@ -289,9 +289,9 @@ def test_the_probe_is_reported(workdir, tmp_path, capsys):
 
 def test_exported_weights_are_evaluated_like_the_run(workdir, tmp_path):
     model = load(workdir)
-    state = torch_weights.to_torch(**model.variables, layout='vissl')
+    state = torch_weights.to_torch(model.variables, 'vissl', model.net.trunk)
     torch_weights.write(tmp_path / 'all.pth', state)
-    trunk = torch_weights.to_torch(**model.variables, layout='torchvision')
+    trunk = torch_weights.to_torch(model.variables, 'torchvision', model.net.trunk)
     torch_weights.write(tmp_path / 'trunk.safetensors', trunk, 'safetensors')
     source = model.open('demo:test', limit=50)
     expected = model.extract(source)

@@ -15,8 +15,8 @@ from golden_weights import state_dict
 from torchvision.models.regnet import BlockParams
 
 from swav_jax import config, models, torch_weights
+from swav_jax.config import trunks
 from swav_jax.errors import UserError
-from swav_jax.models import regnet
 from swav_jax.models.head import normalize
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'trunks.npz')
@@ -31,14 +31,14 @@ TRUNKS = {
     'resnext50_32x4d': dict(depth=50, groups=32, width_per_group=4),
     'resnext101_32x8d': dict(depth=101, groups=32, width_per_group=8),
     'wide_resnet50_2': dict(depth=50, width_per_group=128),
-    **{name: dict(name=name) for name in regnet.NAMED},
+    **{name: dict(name=name) for name in trunks.TRUNKS if name.startswith('regnet_')},
 }
 
 
 def model_config(trunk=None, head=None):
     """`config.model` with some settings changed."""
     settings = config.default().model
-    settings.trunk.update(trunk or {})
+    settings.trunk = trunks.section(**{'name': 'resnet'} | (trunk or {}))
     settings.head.update(head or {})
     return settings
 
@@ -65,11 +65,7 @@ def test_features_equal_torchvisions_to_rounding(name, tmp_path):
     images = images.standard_normal((2, 64, 64, 3))
     with jax.enable_x64(True):
         net = models.build(model_config(TRUNKS[name]), dtype=jnp.float64)
-        variables = zeros(shapes(net))
-        params, stats = torch_weights.load_into(
-            variables['params'], variables['batch_stats'], tmp_path / 'golden.pth'
-        )
-        variables = {'params': params, 'batch_stats': stats}
+        variables = torch_weights.load_into(zeros(shapes(net)), tmp_path / 'golden.pth', net.trunk)
         for mode in ('eval', 'train'):
             features, _ = jax.jit(
                 lambda v, x, train=mode == 'train': net.apply(
@@ -82,12 +78,12 @@ def test_features_equal_torchvisions_to_rounding(name, tmp_path):
 
 @pytest.mark.parametrize('name', TRUNKS)
 def test_trunk_has_as_many_parameters_and_features_as_torchvisions(name):
-    settings = model_config(TRUNKS[name])
-    params = shapes(models.build(settings))['params']['trunk']
+    net = models.build(model_config(TRUNKS[name]))
+    params = shapes(net)['params']['trunk']
     reference = torch_models.trunk(name)
     assert count(params) == sum(p.numel() for p in reference.parameters())
     last = [m for m in reference.modules() if isinstance(m, torch.nn.BatchNorm2d)][-1]
-    assert models.trunk_output_dim(settings.trunk) == last.num_features
+    assert models.feature_width(net.trunk, 3) == last.num_features
 
 
 def test_regnets_of_any_parameters_have_torchvisions_stages():
@@ -96,7 +92,7 @@ def test_regnets_of_any_parameters_have_torchvisions_stages():
         depth, group_width = int(rng.integers(1, 40)), int(rng.integers(1, 600))
         w_0, w_a, w_m = 8 * int(rng.integers(1, 100)), rng.uniform(0, 300), rng.uniform(1.5, 4)
         reference = BlockParams.from_init_params(depth, w_0, w_a, w_m, group_width)
-        stages = regnet.stages(regnet.Parameters(depth, w_0, w_a, w_m, group_width))
+        stages = trunks.RegNet(depth, w_0, w_a, w_m, group_width).stages()
         assert [tuple(stage) for stage in stages] == list(
             zip(reference.depths, reference.widths, reference.group_widths, strict=True)
         )
@@ -105,23 +101,24 @@ def test_regnets_of_any_parameters_have_torchvisions_stages():
 def test_seeds_regnety_256gf():
     trunk = dict(name='regnet', depth=27, w_0=640, w_a=230.83, w_m=2.53, group_width=373)
     settings = model_config(trunk, dict(dims=(0, 10444, 128), use_bn=False))
-    params = shapes(models.build(settings))['params']
-    assert models.trunk_output_dim(settings.trunk) == 10444
+    net = models.build(settings)
+    params = shapes(net)['params']
+    assert models.feature_width(net.trunk, 3) == 10444
     assert count(params['trunk']) == 1_272_156_138
     assert count(params) == 1_382_964_678
 
 
 @pytest.mark.parametrize(('depth', 'multiplier'), [(18, 0.125), (34, 0.3), (50, 2), (50, 5)])
 def test_width_multiplier_widens_all_stages_and_the_output(depth, multiplier):
-    settings = model_config(dict(depth=depth, width_multiplier=multiplier))
-    trunk = shapes(models.build(settings))['params']['trunk']
+    net = models.build(model_config(dict(depth=depth, width_multiplier=multiplier)))
+    trunk = shapes(net)['params']['trunk']
     stem = round(64 * multiplier)
     assert trunk['conv1']['kernel'].shape == (7, 7, 3, stem)
     for stage in range(4):
         assert trunk[f'layer{stage + 1}_1']['conv1']['kernel'].shape[-1] == stem * 2**stage
     last = 'conv3' if depth == 50 else 'conv2'
     output = trunk['layer4_1'][last]['kernel'].shape[-1]
-    assert output == models.trunk_output_dim(settings.trunk) == stem * (32 if depth == 50 else 8)
+    assert output == models.feature_width(net.trunk, 3) == stem * (32 if depth == 50 else 8)
 
 
 @pytest.mark.parametrize(
@@ -152,15 +149,13 @@ def test_last_feature_map(trunk, size, last):
 @pytest.mark.parametrize(
     ('trunk', 'message'),
     [
-        (dict(name='resnet50'), "name is 'resnet50': choose one of resnet, regnet, regnet_y_400mf"),
-        (dict(depth=51), 'depth is 51: choose one of 18, 34'),
-        (dict(stem='tiny'), "stem is 'tiny': choose one of imagenet, small"),
-        (dict(layer4_stride=3), 'layer4_stride is 3: choose one of 1, 2'),
-        (dict(width_multiplier=0.0), 'width_multiplier is 0.0: give a positive number'),
+        (dict(name='resnet50'), "name='resnet50': must be one of resnet, regnet, regnet_y_400mf"),
+        (dict(depth=51), 'depth=51: must be one of 18, 34'),
+        (dict(stem='tiny'), "stem='tiny': must be one of imagenet, small"),
+        (dict(layer4_stride=3), 'layer4_stride=3: must be one of 1, 2'),
+        (dict(width_multiplier=0.0), r'width_multiplier=0\.0: must be a positive number'),
         (dict(depth=18, groups=32), 'depth 18 has no grouped convolutions'),
-        (dict(name='regnet_y_400mf', width_multiplier=2.0), 'width_multiplier is 2.0, which the'),
-        (dict(w_0=48), "w_0 is 48, which the trunk 'resnet' does not have: leave it at 0"),
-        (dict(name='regnet'), 'a RegNet needs depth ≥ 1, w_0 a positive multiple of 8'),
+        (dict(name='regnet'), 'depth=0: must be from 1 to 256: a RegNet has no default depth, w_0'),
     ],
 )
 def test_a_trunk_that_does_not_exist_is_refused(trunk, message):
@@ -243,12 +238,15 @@ def test_head_equals_torchs(name, train, tmp_path):
         net = models.build(settings, dtype=jnp.float64)
         head = zeros(jax.eval_shape(lambda: net.head.init(jax.random.key(0), jnp.array(x), False)))
         trunk = {'trunk': {'conv1': {'kernel': np.zeros((1, 1, 1, 1))}}}
-        params, stats = torch_weights.load_into(
-            trunk | {'head': head['params']},
-            {'head': head.get('batch_stats', {})},
+        loaded = torch_weights.load_into(
+            {
+                'params': trunk | {'head': head['params']},
+                'batch_stats': {'head': head.get('batch_stats', {})},
+            },
             tmp_path / 'head.pth',
+            net.trunk,
         )
-        variables = {'params': params['head'], 'batch_stats': stats.get('head', {})}
+        variables = {kind: tree.get('head', {}) for kind, tree in loaded.items()}
         (embeddings, scores), new = net.head.apply(variables, x, train, mutable=['batch_stats'])
         for ours, theirs in zip((embeddings, *scores), expected, strict=True):
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-10, atol=1e-12)

@@ -10,6 +10,7 @@ from processes import ROOT
 
 from swav_jax import config as settings
 from swav_jax import main
+from swav_jax.config import trunks
 from swav_jax.data import pipeline, sources
 from swav_jax.parallel.mesh import make_mesh, put_batch
 from swav_jax.precision import LossScale
@@ -18,10 +19,6 @@ from swav_jax.step import make_train_step
 
 BEFORE, STEPS = 120, 40
 BATCH = 64
-SMALL_TRUNK = {
-    'name': 'regnet', 'stem': 'imagenet', 'width_multiplier': 1.0,
-    'depth': 1, 'w_0': 32, 'w_m': 2.0, 'group_width': 8,
-}  # fmt: skip
 
 
 class Training:
@@ -30,7 +27,7 @@ class Training:
     def __init__(self, precision):
         c = main.parse([f'--config={ROOT}/configs/demo.py']).config
         c.precision, c.data.num_crops = precision, (2, 2)
-        c.model.trunk.update(SMALL_TRUNK)
+        c.model.trunk = trunks.section('regnet', depth=1, w_0=32, w_m=2.0, group_width=8)
         self.config, self.precision = c, precision
         self.mesh = make_mesh(c.model.sync_bn, jax.devices()[:1])
         self.source = sources.open_source('demo', channels=1)

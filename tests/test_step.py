@@ -17,6 +17,7 @@ from small_training import make_update, random_crops, small_config, start
 from swav_jax import torch_weights
 from swav_jax.methods import swav
 from swav_jax.methods.health import health
+from swav_jax.models.resnet import ResNet
 from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.precision import LossScale
 
@@ -43,13 +44,17 @@ def trajectory_config(meta):
     return c
 
 
+def variables_of(state):
+    return jax.device_get({'params': state.params, 'batch_stats': state.batch_stats})
+
+
 def golden_name(name):
     return name.removeprefix('module.').replace('prototypes.', 'prototypes0.')
 
 
-def digests(params, batch_stats):
+def digests(state):
     """[sum, L2 norm, first, last] of every tensor in PyTorch's layout, by the golden names."""
-    tensors = torch_weights.to_torch(params, batch_stats, 'swav')
+    tensors = torch_weights.to_torch(variables_of(state), 'swav', ResNet)
     for name, value in tensors.items():
         name = golden_name(name)
         part = 'head' if name.startswith(('projection_head', 'prototypes')) else 'trunk'
@@ -63,15 +68,13 @@ def trajectory(name, devices, dtype, folder):
     meta = META[name]
     c, rates = trajectory_config(meta), jnp.array(meta['lr'], dtype)
     layout, net, tx, state = start(c, devices, rate=lambda count: rates[count], dtype=dtype)
-    params, batch_stats = jax.device_get((state.params, state.batch_stats))
-    names = torch_weights.to_torch(params, batch_stats, 'swav')
+    variables = variables_of(state)
+    names = torch_weights.to_torch(variables, 'swav', ResNet)
     golden = state_dict({golden_name(n): tensor.shape for n, tensor in names.items()})
     torch_weights.write(folder / 'golden.pth', golden)
-    params, batch_stats = torch_weights.load_into(params, batch_stats, folder / 'golden.pth')
-    params = swav.normalize_prototypes(params)
-    state = state.replace(
-        params=put(layout.mesh, params), batch_stats=put(layout.mesh, batch_stats)
-    )
+    variables = torch_weights.load_into(variables, folder / 'golden.pth', ResNet)
+    variables['params'] = swav.normalize_prototypes(variables['params'])
+    state = state.replace(**put(layout.mesh, variables))
     update, losses = make_update(c, layout, net, tx), []
     for t in range(meta['steps']):
         rng = np.random.default_rng([0, zlib.crc32(meta['arch'].encode()), t])
@@ -80,7 +83,7 @@ def trajectory(name, devices, dtype, folder):
         ]
         state, metrics = update(state, crops, np.ones(meta['B'], np.float32))
         losses.append(float(metrics['loss']))
-    return losses, dict(digests(*jax.device_get((state.params, state.batch_stats))))
+    return losses, dict(digests(state))
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from test_models import TRUNKS, model_config, shapes, zeros
 
 from swav_jax import models, torch_weights
 from swav_jax.errors import UserError
+from swav_jax.models.regnet import RegNet
+from swav_jax.models.resnet import ResNet
 
 SMALL = dict(depth=18, width_multiplier=0.125)
 FAMILIES = {
@@ -49,15 +51,17 @@ def random_variables(settings, seed=0):
     return jax.tree.unflatten(tree, [rng.random(leaf.shape, np.float32) for leaf in leaves])
 
 
+def trunk_of(variables):
+    """The class of a trunk, which its variables tell."""
+    return ResNet if 'conv1' in variables['params']['trunk'] else RegNet
+
+
 def to_torch(variables, layout, **options):
-    return torch_weights.to_torch(variables['params'], variables['batch_stats'], layout, **options)
+    return torch_weights.to_torch(variables, layout, trunk_of(variables), **options)
 
 
 def load(variables, path, **options):
-    params, batch_stats = torch_weights.load_into(
-        variables['params'], variables['batch_stats'], path, **options
-    )
-    return {'params': params, 'batch_stats': batch_stats}
+    return torch_weights.load_into(variables, path, trunk_of(variables), **options)
 
 
 def assert_same(ours, theirs):
@@ -405,7 +409,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="format is 'onnx': choose one of pth, safetensors"):
         torch_weights.write(tmp_path / 'a', {}, 'onnx')
     with pytest.raises(UserError, match="layout is 'timm': choose one of torchvision, vissl, swav"):
-        torch_weights.to_torch({}, {}, 'timm')
+        torch_weights.to_torch({}, 'timm', ResNet)
 
 
 def test_import_does_not_import_torch():

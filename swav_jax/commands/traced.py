@@ -106,7 +106,7 @@ def kept_bytes(config: ConfigDict) -> int:
 
     def residuals(variables, crops):
         def forward(params):
-            return step.forward(net, config, params, variables['batch_stats'], crops)
+            return step.forward(net, config, params, variables.get('batch_stats', {}), crops)
 
         return jax.vjp(forward, variables['params'], has_aux=True)[1]
 

@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
+from swav_jax.config import trunks
 from swav_jax.errors import UserError, show
 
 LONGEST_FILE = 10_000_000  # bytes
@@ -36,6 +37,7 @@ def load_config(spec: str) -> ConfigDict:
         get_config = runpy.run_path(str(file)).get('get_config')
         config = get_config(*_arguments(get_config, words))
         _check_whole(config, settings.default(), 'config', ())
+        config.model.trunk = trunks.adopt(config.model.trunk)
     except UserError:
         raise
     except BaseException as error:  # the file is the user's own Python
@@ -84,7 +86,7 @@ def _binds(function: Callable[..., Any], given: tuple[str, ...]) -> bool:
 def _check_whole(value: Any, default: Any, name: str, above: tuple[int, ...]) -> None:
     """Refuse settings that are no tree, or have other names than the defaults.
 
-    A schedule of the learning rate has names of its own, and its parts are no sections.
+    A trunk and a schedule of the learning rate have names of their own, which are checked later.
     """
     if id(value) in above:
         raise UserError(f'--config: {name} holds itself')
@@ -93,7 +95,7 @@ def _check_whole(value: Any, default: Any, name: str, above: tuple[int, ...]) ->
         kind = type(value).__name__
         raise UserError(f'--config: {name} is a {kind}, not a ConfigDict: begin with default()')
     if isinstance(value, ConfigDict):
-        free = name.startswith('config.optimizer.param_schedulers')
+        free = name.startswith(('config.optimizer.param_schedulers', 'config.model.trunk'))
         known = value if free or not isinstance(default, ConfigDict) else default
         for key in (*known, *value):
             if (key in value) != (key in known):
@@ -124,6 +126,8 @@ def _where(error: BaseException, file: Path) -> str:
 def override(config: ConfigDict, changes: Sequence[tuple[str, str | None]]) -> ConfigDict:
     """Set `config.a.b` or `config.a.b[0]` to what a text says, in the type that the setting has.
 
+    A new name of the trunk counts first, because the other settings of the trunk depend on it.
+
     Args:
       config: is changed, and returned.
       changes: names and texts, as ('config.loss.epsilon', '0.03'). None sets a boolean to True.
@@ -131,6 +135,9 @@ def override(config: ConfigDict, changes: Sequence[tuple[str, str | None]]) -> C
     Raises:
       UserError: a setting is not known, or does not take its value.
     """
+    names = [text for name, text in changes if name == 'config.model.trunk.name' and text]
+    if names and names[-1] != config.model.trunk.name:
+        config.model.trunk = trunks.section(names[-1])
     for name, text in changes:
         given = f'--{name}' if text is None else f'--{name}={text[:100]}'
         steps = re.findall(r'\[-?\d{1,9}\]|\.?[^.\[]*', name.removeprefix('config'))[:-1]

@@ -56,14 +56,18 @@ def whole(least: int, most: int) -> Scalar:
 def real(least: float, most: float, words: str = '') -> Scalar:
     """Finite numbers in a range, both ends included."""
     return Scalar(
-        words or f'a number from {least:g} to {most:g}',
+        words or f'a number from {_short(least)} to {_short(most)}',
         lambda x: isinstance(x, (int, float)) and not isinstance(x, bool) and least <= x <= most,
     )
 
 
+def _short(x: float) -> str:
+    return f'{x:,}' if isinstance(x, int) else f'{x:g}'
+
+
 def positive(least: float, most: float) -> Scalar:
     """Numbers above 0 in a range, both ends included."""
-    return real(least, most, f'a number above 0, from {least:g} to {most:g}')
+    return real(least, most, f'a number above 0, from {_short(least)} to {_short(most)}')
 
 
 def one_of(*choices: str | int) -> Scalar:

@@ -8,13 +8,14 @@ at once.
 
 from typing import Any, NamedTuple
 
+from swav_jax.config import trunks
 from swav_jax.config.kinds import SWITCH, TEXT, Kind, Pair, Several, one_of, positive, real, whole
 from swav_jax.config.schedules import MOST_EPOCHS, Schedule, warmup_cosine
+from swav_jax.config.trunks import WIDEST
 
 MOST_STEPS = 2**31 - 1  # steps are counted in int32
 MOST_CROPS = 100  # of an image
 MOST_HEADS = 16  # of prototypes, and layers of the projection
-WIDEST = 65_536  # channels or features
 
 _SHARE = real(0, 1)
 _STEPS = whole(0, MOST_STEPS)
@@ -74,22 +75,8 @@ SETTINGS = {
     'augment.blur_radius_max': Setting(2.0, positive(1e-3, 100),
         'largest standard deviation of the blur'),
 
-    'model.trunk.name': Setting('resnet', TEXT, "resnet, regnet or torchvision's name of a RegNet"),
-    'model.trunk.depth': Setting(50, whole(1, 256), 'layers of a ResNet, blocks of a RegNet'),
-    'model.trunk.width_multiplier': Setting(1.0, positive(1e-6, 16),
-        'of all stages of a ResNet, its output included'),
-    'model.trunk.groups': Setting(1, whole(1, WIDEST), 'of the 3×3 convolutions (ResNeXt)'),
-    'model.trunk.width_per_group': Setting(64, whole(1, WIDEST),
-        'of the 3×3 convolutions (ResNeXt)'),
-    'model.trunk.layer4_stride': Setting(2, one_of(1, 2), 'of the last stage of a ResNet'),
-    'model.trunk.zero_init_residual': Setting(False, SWITCH,
-        'start each block of a ResNet as the identity'),
-    'model.trunk.stem': Setting('imagenet', TEXT, 'small: 3×3, stride 1, no pooling'),
-    'model.trunk.w_0': Setting(0, whole(0, WIDEST), "width of a RegNet's first block"),
-    'model.trunk.w_a': Setting(0.0, real(0, WIDEST), 'slope of the widths'),
-    'model.trunk.w_m': Setting(0.0, real(0, 1000), "ratio of the stages' widths"),
-    'model.trunk.group_width': Setting(0, whole(0, WIDEST), 'of the grouped convolutions'),
-    'model.trunk.se_ratio': Setting(0.25, real(0, 16), 'squeeze-and-excitation; 0: none (RegNetX)'),
+    'model.trunk': Setting(trunks.section('resnet'), trunks.Trunk(),
+        'the network below the head, by its name; see below'),
     'model.head.dims': Setting((0, 2048, 128), Several(whole(0, WIDEST), 2, MOST_HEADS + 1),
         "widths: of the trunk's output (0: as it is), hidden layers, embedding"),
     'model.head.use_bn': Setting(True, SWITCH, 'BatchNorm after hidden layers'),

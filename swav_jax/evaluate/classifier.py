@@ -176,9 +176,7 @@ def describe(model: Model, train: Source) -> dict[str, Any]:
 def measure(model: Model, net: Classifier, state: Tree, test: Source) -> dict[str, float]:
     """`accuracies` on `test` of a classifier, with the trunk that was trained with it, if any."""
     state = jax.tree.map(np.asarray, state)
-    trunk = _trunk_of(model.variables)
-    for kind in ('params', 'batch_stats'):
-        trunk[kind] |= {key: x for key, x in state[kind].items() if key == 'trunk'}
+    trunk = _trunk_of(model.variables, state)
     found = extract(model.net, trunk, test, model.config, has_head=False, progress=True)
     labelled.say(check(found, test, model.config))
     variables = {kind: state[kind]['classifier'] for kind in ('params', 'batch_stats')}
@@ -267,10 +265,7 @@ def _make_step(
         stats = state['batch_stats']
 
         def loss_of(params):
-            seen = {
-                'params': {'trunk': params.get('trunk', trunk['params']['trunk'])},
-                'batch_stats': {'trunk': stats.get('trunk', trunk['batch_stats']['trunk'])},
-            }
+            seen = _trunk_of(trunk, {'params': params, 'batch_stats': stats})
             features, moved = trunk_net.apply(
                 seen, batch, finetune, method=look, mutable=['batch_stats']
             )
@@ -278,7 +273,7 @@ def _make_step(
             logits, new = net.apply(variables, features, True, mutable=['batch_stats'])
             new_stats = {'classifier': new.get('batch_stats', {})}
             if finetune:
-                new_stats['trunk'] = moved['batch_stats']['trunk']
+                new_stats |= moved.get('batch_stats', {})
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
             weight = batch['weight']  # 0 for an image that could not be read
             return jnp.sum(losses * weight) / jnp.maximum(jnp.sum(weight), 1), new_stats
@@ -320,7 +315,7 @@ def _optimizer(
 def _initial_state(
     model: Model, net: Classifier, recipe: Recipe, tx: optax.GradientTransformation, seed: int
 ) -> Tree:
-    width = models.trunk_output_dim(model.config.model.trunk)
+    width = models.feature_width(model.net.trunk, model.config.data.channels)
     variables = net.init(jax.random.key(seed), jnp.zeros((2, width)), train=True)
     parts = {kind: {'classifier': variables.get(kind, {})} for kind in ('params', 'batch_stats')}
     if recipe.trunk_learning_rate:
@@ -333,8 +328,13 @@ def _initial_state(
     }
 
 
-def _trunk_of(variables: Tree) -> Tree:
-    return {kind: {'trunk': part['trunk']} for kind, part in variables.items()}
+def _trunk_of(*variables: Tree) -> Tree:
+    """The trunk's variables in the last of several trees that has them."""
+    found = {'params': {}, 'batch_stats': {}}
+    for tree in variables:
+        for kind, part in found.items():
+            part |= {name: x for name, x in tree.get(kind, {}).items() if name == 'trunk'}
+    return found
 
 
 def _check_same(about: Tree, before: Tree, out: Path) -> None:

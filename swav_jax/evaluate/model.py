@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from swav_jax import config as settings
 from swav_jax import methods, models, torch_weights
+from swav_jax.config import trunks
 from swav_jax.config.file import override
 from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
@@ -94,7 +95,9 @@ class Model:
 
     def digest(self) -> str:
         """16 hexadecimal digits that tell the trunk's weights and statistics from others."""
-        found = digest.digests({kind: part['trunk'] for kind, part in self.variables.items()})
+        found = digest.digests(
+            {kind: part['trunk'] for kind, part in self.variables.items() if 'trunk' in part}
+        )
         text = ''.join(f'{name} {found[name]}\n' for name in sorted(found))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -155,9 +158,8 @@ def load_weights(path: str | Path, config: ConfigDict) -> Model:
     shapes = _shapes(net, config)
     # What the file does not fill stays NaN, so that nothing random passes for a result.
     blank = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes)
-    params, batch_stats = torch_weights.load_into(blank['params'], blank['batch_stats'], path)
-    has_head = not any(np.isnan(x).any() for x in jax.tree.leaves(params['head']))
-    variables = {'params': params, 'batch_stats': batch_stats}
+    variables = torch_weights.load_into(blank, path, net.trunk)
+    has_head = not any(np.isnan(x).any() for x in jax.tree.leaves(variables['params']['head']))
     parts = ('trunk', 'head') if has_head else ('trunk',)
     used = {kind: {p: x[p] for p in parts if p in x} for kind, x in variables.items()}
     _check_finite(used, printable(path))
@@ -204,9 +206,12 @@ def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
       UserError: they are those of another version.
     """
     config = settings.default()
-    known = {name for name, _ in settings.flatten(config)}
     try:
         with config.unlocked():
+            if 'trunk' in saved.get('model', {}):
+                config.model.trunk = trunks.adopt(saved['model']['trunk'])
+                saved = saved | {'model': saved['model'] | {'trunk': config.model.trunk}}
+            known = {name for name, _ in settings.flatten(config)}
             schedulers = saved.get('optimizer', {}).get('param_schedulers', {})
             for name, schedule in config.optimizer.param_schedulers.items():
                 if schedulers.get(name, schedule)['name'] != schedule.name:

@@ -1,5 +1,6 @@
 """Networks by name: a trunk, SwAV's head, and both in one module."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -8,30 +9,18 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from swav_jax.config import default
-from swav_jax.config.settings import WIDEST
+from swav_jax.config import trunks
 from swav_jax.errors import UserError
-from swav_jax.models import regnet
 from swav_jax.models.conv import Conv
 from swav_jax.models.head import ACTIVATIONS, SwAVHead
 from swav_jax.models.norm import BatchNorm
 from swav_jax.models.regnet import RegNet
 from swav_jax.models.remat import scan_passes
-from swav_jax.models.resnet import BLOCKS, ResNet, expansion, stem_width
+from swav_jax.models.resnet import ResNet
+from swav_jax.models.trunk import Trunk
 
-# Settings under config.model.trunk that a trunk reads, beside `name` and `stem`; a RegNet that goes
-# by torchvision's name reads none.
-READS = {
-    'resnet': (
-        'depth',
-        'width_multiplier',
-        'groups',
-        'width_per_group',
-        'layer4_stride',
-        'zero_init_residual',
-    ),
-    'regnet': regnet.Parameters._fields,
-}
+# The module of each trunk, by the type of its settings.
+TRUNKS: dict[type, type[Trunk]] = {trunks.ResNet: ResNet, trunks.RegNet: RegNet}
 
 
 class SwAVNet(nn.Module):
@@ -99,114 +88,60 @@ def build(
     mesh_axes = axis_names if mesh_axes is None else tuple(mesh_axes)
     conv = partial(Conv, dtype=dtype)
     norm = partial(BatchNorm, dtype=dtype, axis_names=axis_names, mesh_axes=mesh_axes)
-    return SwAVNet(
-        trunk=build_trunk(model_config, conv=conv, norm=norm),
-        head=_build_head(model_config, norm=norm, dtype=dtype),
-    )
+    settings = trunks.parse(model_config.trunk)
+    trunk = TRUNKS[type(settings)](settings, remat=model_config.remat, conv=conv, norm=norm)
+    _check_head(model_config.head, trunk, channels)
+    return SwAVNet(trunk, _build_head(model_config.head, norm=norm, dtype=dtype))
 
 
-def build_trunk(model_config: ConfigDict, *, conv: Any, norm: Any) -> nn.Module:
-    """The trunk that `config.model` describes, made of the given layers."""
-    trunk = model_config.trunk
-    _check_trunk(trunk)
-    if trunk.name == 'resnet':
-        make = partial(ResNet, **{key: trunk[key] for key in READS['resnet']})
-    else:
-        make = partial(RegNet, _regnet_parameters(trunk))
-    return make(stem=trunk.stem, remat=model_config.remat, conv=conv, norm=norm)
-
-
-def trunk_output_dim(trunk_config: ConfigDict) -> int:
-    """Width F of the pooled features of `config.model.trunk`.
+def trunk_class(section: Mapping[str, Any]) -> type[Trunk]:
+    """The module of the trunk that a section `config.model.trunk` of any version describes.
 
     Raises:
-      UserError: for a setting that names no network.
+      UserError: there is no such trunk.
+      KeyError, TypeError: it is no such section.
     """
-    _check_trunk(trunk_config)
-    if trunk_config.name == 'resnet':
-        return 8 * stem_width(trunk_config.width_multiplier) * expansion(trunk_config.depth)
-    return regnet.stages(_regnet_parameters(trunk_config))[-1].width
+    return TRUNKS[type(trunks.parse(trunks.adopt(section)))]
 
 
-def _regnet_parameters(trunk: ConfigDict) -> regnet.Parameters:
-    if trunk.name in regnet.NAMED:
-        return regnet.NAMED[trunk.name]
-    return regnet.Parameters(*(trunk[key] for key in regnet.Parameters._fields))
+def feature_width(trunk: nn.Module, channels: int) -> int:
+    """Width F of a trunk's pooled features of images with so many channels."""
+    image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
+    features, _ = jax.eval_shape(
+        lambda image: trunk.init_with_output(jax.random.key(0), image, False), image
+    )
+    return features.shape[-1]
 
 
-def _build_head(model_config: ConfigDict, *, norm: Any, dtype: Any) -> SwAVHead:
-    head = model_config.head
-    output_dim = trunk_output_dim(model_config.trunk)
-    first, *dims = head.dims
-    if not dims:
+def _check_head(head: ConfigDict, trunk: nn.Module, channels: int) -> None:
+    first, *others = head.dims
+    if not others:
         raise UserError(
             f'config.model.head.dims is {tuple(head.dims)}: give at least two widths, the '
             "trunk's (or 0 to have it inferred) and that of the embeddings"
         )
-    if first and first != output_dim:
+    if first and first != (width := feature_width(trunk, channels)):
         raise UserError(
-            f'config.model.head.dims begins with {first}, but the trunk puts out {output_dim} '
-            f'features: begin it with {output_dim}, or with 0 to have it inferred'
+            f'config.model.head.dims begins with {first}, but the trunk puts out {width} '
+            f'features: begin it with {width}, or with 0 to have it inferred'
         )
-    activation = head.activation_name.lower()
-    if activation not in ACTIVATIONS:
+    if head.activation_name.lower() not in ACTIVATIONS:
         raise UserError(
             f'config.model.head.activation_name is {head.activation_name!r}: '
             f'choose one of {", ".join(ACTIVATIONS)}'
         )
+
+
+def _build_head(head: ConfigDict, *, norm: Any, dtype: Any) -> SwAVHead:
     return SwAVHead(
-        dims=tuple(dims),
+        dims=tuple(head.dims[1:]),
         num_clusters=tuple(head.num_clusters),
         use_bn=head.use_bn,
         use_bias=head.use_bias,
         skip_last_bn=head.skip_last_bn,
         normalize_feats=head.normalize_feats,
-        activation_name=activation,
+        activation_name=head.activation_name.lower(),
         weight_norm_prototypes=head.use_weight_norm_prototypes,
         norm=norm,
         dtype=dtype,
     )
-
-
-def _check_trunk(trunk: ConfigDict) -> None:
-    names = ('resnet', 'regnet', *regnet.NAMED)
-    _check_choice(trunk, 'name', names)
-    _check_choice(trunk, 'stem', ('imagenet', 'small'))
-    reads = ('name', 'stem', *READS.get(trunk.name, ()))
-    for key, unset in default().model.trunk.items():
-        if key not in reads and trunk[key] != unset:
-            raise UserError(
-                f'config.model.trunk.{key} is {trunk[key]}, which the trunk {trunk.name!r} does '
-                f'not have: leave it at {unset}'
-            )
-    if trunk.name == 'resnet':
-        _check_resnet(trunk)
-
-
-def _check_resnet(trunk: ConfigDict) -> None:
-    _check_choice(trunk, 'depth', tuple(BLOCKS))
-    _check_choice(trunk, 'layer4_stride', (1, 2))
-    for key in ('width_multiplier', 'groups', 'width_per_group'):
-        if not trunk[key] > 0:
-            raise UserError(f'config.model.trunk.{key} is {trunk[key]}: give a positive number')
-    if expansion(trunk.depth) == 1 and (trunk.groups, trunk.width_per_group) != (1, 64):
-        raise UserError(
-            f'config.model.trunk.depth {trunk.depth} has no grouped convolutions (groups is '
-            f'{trunk.groups}, width_per_group {trunk.width_per_group}): use depth 50 or more, or '
-            f'groups 1 and width_per_group 64'
-        )
-    planes = 8 * stem_width(trunk.width_multiplier)
-    widest = trunk.groups * max(1, int(planes * trunk.width_per_group / 64))
-    if widest > WIDEST:
-        raise UserError(
-            f'config.model.trunk.width_per_group={trunk.width_per_group} in '
-            f'config.model.trunk.groups={trunk.groups} with width_multiplier '
-            f'{trunk.width_multiplier} makes convolutions of {widest:,} channels: lower them, '
-            f'{WIDEST:,} is the most'
-        )
-
-
-def _check_choice(trunk: ConfigDict, key: str, allowed: tuple) -> None:
-    if trunk[key] not in allowed:
-        choices = ', '.join(map(str, allowed))
-        raise UserError(f'config.model.trunk.{key} is {trunk[key]!r}: choose one of {choices}')

@@ -1,114 +1,36 @@
-"""RegNetX and RegNetY (Radosavovic et al., 2020), by torchvision's names or by parameters, NHWC.
+"""RegNetX and RegNetY (Radosavovic et al., 2020), NHWC.
 
 Module names follow torchvision's state dict: `trunk_output.block1.block1-0.f.a.0` is
 `block1_0/a_0`, its `f.se.fc1` is `block1_0/se_fc1`.
 """
 
-import itertools
-import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from swav_jax.config.settings import WIDEST
-from swav_jax.errors import UserError
+from swav_jax.config import trunks
 from swav_jax.models.relu import relu
 from swav_jax.models.remat import run_stage
+from swav_jax.models.trunk import Trunk
 
-STEM_WIDTH = 32
-
-
-class Stage(NamedTuple):
-    """A run of equally wide blocks; the first halves the resolution."""
-
-    depth: int
-    width: int
-    group_width: int
-
-
-class Parameters(NamedTuple):
-    """What generates a RegNet: see `stages`. `se_ratio` 0 leaves out squeeze-and-excitation."""
-
-    depth: int
-    w_0: int
-    w_a: float
-    w_m: float
-    group_width: int
-    se_ratio: float = 0.25
-
-
-NAMED = {
-    'regnet_y_400mf': Parameters(16, 48, 27.89, 2.09, 8),
-    'regnet_y_800mf': Parameters(14, 56, 38.84, 2.4, 16),
-    'regnet_y_1_6gf': Parameters(27, 48, 20.71, 2.65, 24),
-    'regnet_y_3_2gf': Parameters(21, 80, 42.63, 2.66, 24),
-    'regnet_y_8gf': Parameters(17, 192, 76.82, 2.19, 56),
-    'regnet_y_16gf': Parameters(18, 200, 106.23, 2.48, 112),
-    'regnet_y_32gf': Parameters(20, 232, 115.89, 2.53, 232),
-    'regnet_y_128gf': Parameters(27, 456, 160.83, 2.52, 264),
-    'regnet_x_400mf': Parameters(22, 24, 24.48, 2.54, 16, 0),
-    'regnet_x_800mf': Parameters(16, 56, 35.73, 2.28, 16, 0),
-    'regnet_x_1_6gf': Parameters(18, 80, 34.01, 2.25, 24, 0),
-    'regnet_x_3_2gf': Parameters(25, 88, 26.31, 2.25, 48, 0),
-    'regnet_x_8gf': Parameters(23, 80, 49.56, 2.88, 120, 0),
-    'regnet_x_16gf': Parameters(22, 216, 55.59, 2.1, 128, 0),
-    'regnet_x_32gf': Parameters(23, 320, 69.86, 2.0, 168, 0),
+# Modules within a block by torchvision's names, and by ClassyVision's, whose RegNet VISSL uses.
+_TORCHVISION = {
+    **{f'{part}_{i}': f'f.{part}.{i}' for part in 'abc' for i in (0, 1)},
+    **{f'proj_{i}': f'proj.{i}' for i in (0, 1)},
+    **{f'se_fc{i}': f'f.se.fc{i}' for i in (1, 2)},
 }
-
-
-def stages(parameters: Parameters) -> list[Stage]:
-    """The stages that the parameters generate, as in section 3.3 of the paper.
-
-    Block j would be w_0 + w_a·j wide (eq. 2). Its width is rounded to w_0·w_m^s with whole s
-    (eqs. 3, 4) and to a multiple of 8; equal widths form a stage. A stage's width is then moved
-    to a multiple of its group width, by less than 10% downwards, as torchvision does.
-
-    Raises:
-      UserError: where they generate no network.
-    """
-    depth, w_0, w_a, w_m, group_width, _ = parameters
-    for name, value, works in (
-        ('depth', depth, depth >= 1),
-        ('w_0', w_0, w_0 > 0 and w_0 % 8 == 0),
-        ('w_a', w_a, w_a >= 0),
-        ('w_m', w_m, w_m > 1),
-        ('group_width', group_width, group_width >= 1),
-    ):
-        if not works:
-            raise UserError(
-                f'config.model.trunk.{name}={value}: a RegNet needs depth ≥ 1, w_0 a positive '
-                'multiple of 8, w_a ≥ 0, w_m > 1 and group_width ≥ 1'
-            )
-    widths = []
-    for j in range(depth):
-        s = round(math.log((w_0 + w_a * j) / w_0) / math.log(w_m))
-        widths.append(8 * round(w_0 * w_m**s / 8))
-    if max(widths) > WIDEST:
-        raise UserError(
-            f'config.model.trunk.w_a={w_a} with depth {depth}, w_0 {w_0} and w_m {w_m} makes '
-            f'blocks {max(widths):,} wide: lower them, {WIDEST:,} is the most'
-        )
-    narrowest = min(STEM_WIDTH, *widths)
-    if parameters.se_ratio and round(parameters.se_ratio * narrowest) < 1:
-        raise UserError(
-            f'config.model.trunk.se_ratio={parameters.se_ratio} leaves none of {narrowest} '
-            f'channels: use more than {0.5 / narrowest:g}, or 0 for no squeeze-and-excitation'
-        )
-    result = []
-    for width, blocks in itertools.groupby(widths):
-        group = min(group_width, width)
-        result.append(Stage(len(list(blocks)), _multiple(width, group), group))
-    return result
-
-
-def _multiple(width: int, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `width`, or the next one above 90% of it."""
-    nearest = max(1, (2 * width + divisor) // (2 * divisor)) * divisor
-    return nearest if nearest >= 0.9 * width else nearest + divisor
+_VISSL = _TORCHVISION | {
+    'c_0': 'f.c',
+    'c_1': 'f.final_bn',
+    'proj_0': 'proj',
+    'proj_1': 'bn',
+    'se_fc1': 'f.se.excitation.0',
+    'se_fc2': 'f.se.excitation.2',
+}
 
 
 class Block(nn.Module):
@@ -148,33 +70,25 @@ class Block(nn.Module):
         return y * nn.sigmoid(s)
 
 
-class RegNet(nn.Module):
-    """Images to pooled features.
+class RegNet(Trunk):
+    """RegNetX and RegNetY. See `Trunk`."""
 
-    Attributes:
-      parameters: what generates its stages.
-      stem: 'imagenet' (3×3, stride 2) or 'small' (stride 1).
-      remat: 'block' or 'stage': the backward pass computes each of them again.
-      conv, norm: modules with dtype and synchronisation already set.
-    """
+    settings: trunks.RegNet
 
-    parameters: Parameters
-    stem: str
-    remat: str
-    conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
+    torch_blocks = r'trunk_output|res\d+'
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images (N, H, W, channels) → features (N, F), float32 or wider."""
-        x = self.conv(STEM_WIDTH, 3, 2 if self.stem == 'imagenet' else 1, name='stem_0')(x)
+        stride = 2 if self.settings.stem == 'imagenet' else 1
+        x = self.conv(trunks.RegNet.STEM_WIDTH, 3, stride, name='stem_0')(x)
         x = relu(self.norm(name='stem_1')(x, train))
-        for i, stage in enumerate(stages(self.parameters)):
+        for i, stage in enumerate(self.settings.stages()):
             block = partial(
                 Block,
                 stage.width,
                 stage.group_width,
-                se_ratio=self.parameters.se_ratio,
+                se_ratio=self.settings.se_ratio,
                 conv=self.conv,
                 norm=self.norm,
             )
@@ -184,3 +98,17 @@ class RegNet(nn.Module):
             ]
             x = run_stage(self, x, blocks, train)
         return jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+    @staticmethod
+    def torch_name(modules: Sequence[str], layout: str) -> str:
+        """See `Trunk`."""
+        vissl = layout == 'vissl'
+        if block := re.fullmatch(r'block(\d+)_(\d+)', modules[0]):
+            stage, index = block.groups()
+            outer = f'res{int(stage) + 1}' if vissl else f'trunk_output.block{stage}'
+            inner = (_VISSL if vissl else _TORCHVISION)[modules[1]]
+            name = f'{outer}.block{stage}-{index}.{inner}'
+        else:
+            name = '.'.join(modules).replace('_', '.')
+            name = f'conv1.{name}' if vissl else name
+        return f'_feature_blocks.{name}' if vissl else name

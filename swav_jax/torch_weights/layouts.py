@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from swav_jax.models.trunk import Trunk
+
 LAYOUTS = ('torchvision', 'vissl', 'swav')
 VISSL = 'classy_state_dict.base_model.model.'
 
@@ -21,32 +23,21 @@ _LEAVES = {
     'mean': 'running_mean',
     'var': 'running_var',
 }
-_REGNET = {
-    **{f'{part}_{i}': f'f.{part}.{i}' for part in 'abc' for i in (0, 1)},
-    **{f'proj_{i}': f'proj.{i}' for i in (0, 1)},
-    **{f'se_fc{i}': f'f.se.fc{i}' for i in (1, 2)},
-}
-_VISSL_REGNET = _REGNET | {
-    'c_0': 'f.c',
-    'c_1': 'f.final_bn',
-    'proj_0': 'proj',
-    'proj_1': 'bn',
-    'se_fc1': 'f.se.excitation.0',
-    'se_fc2': 'f.se.excitation.2',
-}
 
 # A tensor's place in the variables: collection, 'trunk' or 'head', modules, leaf.
 Key = tuple[str, ...]
 
 
-def inner_names(tensors: Mapping[Key, Any], layout: str, places: list[int]) -> dict[Key, str]:
+def inner_names(
+    tensors: Mapping[Key, Any], layout: str, places: list[int], trunk: Trunk | type[Trunk]
+) -> dict[Key, str]:
     """Each tensor's inner name; `places` are those of the projection's layers in nn.Sequential."""
     place = dict(zip(projection_layers(tensors), places, strict=False))
     names = {}
     for key in tensors:
         *modules, leaf = key[2:]
         if key[1] == 'trunk':
-            names[key] = _trunk_name(modules, leaf, layout)
+            names[key] = f'{trunk.torch_name(modules, layout)}.{_LEAVES[leaf]}'
         elif modules[0].startswith('prototypes'):
             # The classic form of torch.nn.utils.weight_norm keeps a weight in two parts.
             weight = 'weight_v' if (*key[:-1], 'gain') in tensors else 'weight'
@@ -55,19 +46,6 @@ def inner_names(tensors: Mapping[Key, Any], layout: str, places: list[int]) -> d
             layer = place.get(modules[0], modules[0])
             names[key] = f'projection_head.{layer}.{_LEAVES[leaf]}'
     return names
-
-
-def _trunk_name(modules: list[str], leaf: str, layout: str) -> str:
-    vissl = layout == 'vissl'
-    if block := re.fullmatch(r'block(\d+)_(\d+)', modules[0]):
-        stage, index = block.groups()
-        outer = f'res{int(stage) + 1}' if vissl else f'trunk_output.block{stage}'
-        inner = (_VISSL_REGNET if vissl else _REGNET)[modules[1]]
-        name = f'{outer}.block{stage}-{index}.{inner}'
-    else:
-        name = '.'.join(modules).replace('_', '.')
-        name = name.replace('stem.', 'conv1.stem.') if vissl else name
-    return f'{"_feature_blocks." if vissl else ""}{name}.{_LEAVES[leaf]}'
 
 
 def projection_layers(tensors: Mapping[Key, Any]) -> list[str]:
@@ -113,21 +91,14 @@ def outer_name(name: str, layout: str, one_linear: bool, one_prototype_head: boo
     return 'module.' + name
 
 
-def layout_of(names: Mapping[str, Any]) -> str:
-    """The layout that inner names are of."""
-    if any(name.startswith('_feature_blocks.') for name in names):
-        return 'vissl'
-    return 'swav' if any(in_head(name) for name in names) else 'torchvision'
-
-
 def in_head(name: str) -> bool:
     """Whether an inner name is of the projection or the prototypes."""
     return name.startswith(('projection_head', 'prototypes'))
 
 
-def flatten(params: Mapping, batch_stats: Mapping) -> dict[Key, Any]:
-    """The tensors of a `SwAVNet` by their places."""
-    return flatten_dict({'params': params, 'batch_stats': batch_stats})
+def flatten(variables: Mapping[str, Any]) -> dict[Key, Any]:
+    """The tensors of a `SwAVNet` by their places, parameters first."""
+    return flatten_dict({'params': variables['params']} | dict(variables))
 
 
 def to_torch_axes(key: Key, value: np.ndarray) -> np.ndarray:

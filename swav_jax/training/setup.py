@@ -143,18 +143,19 @@ def start_from(
     """
     whole = layout.gather(state)
     loaded = torch_weights.load_into(
-        jax.device_get(whole.params),
-        jax.device_get(whole.batch_stats),
+        jax.device_get({'params': whole.params, 'batch_stats': whole.batch_stats}),
         config.init_from,
+        models.trunk_class(config.model.trunk),
         allow_partial=config.init_allow_partial,
     )
 
-    def begin(whole: TrainState, params: Any, batch_stats: Any) -> TrainState:
-        params, own = methods.make(config).init(params, batch_stats, sizes)
+    def begin(whole: TrainState, loaded: dict[str, Any]) -> TrainState:
+        batch_stats = loaded['batch_stats']
+        params, own = methods.make(config).init(loaded['params'], batch_stats, sizes)
         return layout.pad(whole.replace(params=params, batch_stats=batch_stats, method=own))
 
     begin = jax.jit(begin, out_shardings=layout.shardings)
-    return begin(whole, *meshes.put(layout.mesh, loaded))
+    return begin(whole, meshes.put(layout.mesh, loaded))
 
 
 def introduce(setup: Setup, say: Callable[[str], None]) -> None:
