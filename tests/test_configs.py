@@ -35,39 +35,39 @@ RECIPES = {
     'swav_r50_restarts': (dict(depth=50), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
     'swav_r50_restarts:full': (dict(depth=50), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
     'swav_r50_restarts:half_warmup': (dict(depth=50), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
-    'swav_r18': (dict(depth=18), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
-    'swav_r34': (dict(depth=34), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
-    'swav_r101': (dict(depth=101), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
-    'swav_r50w2': (dict(width_multiplier=2), (8192, 128), True, MULTI4, 128, 32, 0, 4.8),
-    'swav_r50w3': (dict(width_multiplier=3), (6144, 128), True, MULTI6, 64, 64, 0, 4.8),
-    'swav_r50w4': (dict(width_multiplier=4), (8192, 128), True, MULTI4, 64, 40, 2560, 3.0),
-    'swav_r50w5': (dict(width_multiplier=5), (10240, 128), False, MULTI4, 128, 12, 1536, 1.8),
+    'swav_resnet:r18': (dict(depth=18), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
+    'swav_resnet:r34': (dict(depth=34), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
+    'swav_resnet:r101': (dict(depth=101), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
+    'swav_r50_wide:w2': (dict(width_multiplier=2), (8192, 128), True, MULTI4, 128, 32, 0, 4.8),
+    'swav_r50_wide:w3': (dict(width_multiplier=3), (6144, 128), True, MULTI6, 64, 64, 0, 4.8),
+    'swav_r50_wide:w4': (dict(width_multiplier=4), (8192, 128), True, MULTI4, 64, 40, 2560, 3.0),
+    'swav_r50_wide:w5': (dict(width_multiplier=5), (10240, 128), False, MULTI4, 128, 12, 1536, 1.8),
     'swav_resnext': (dict(groups=32, width_per_group=4), (2048, 128), True, MULTI6, 64, 64, 0, 4.8),
     'swav_resnext:101-32x8d': (
         *(dict(depth=101, groups=32, width_per_group=8), (2048, 128)),
         *(True, MULTI6, 64, 64, 0, 4.8),
     ),
-    'swav_regnety_400mf': (
+    'swav_regnety': (
         *(dict(name='regnet_y_400mf'), (440, 128)),
         *(True, MULTI6, 64, 64, 0, 4.8),
     ),
-    'swav_regnety_400mf:3_2gf': (
+    'swav_regnety:3_2gf': (
         *(dict(name='regnet_y_3_2gf'), (1512, 128)),
         *(True, MULTI6, 64, 64, 0, 4.8),
     ),
-    'swav_regnety_16gf': (
+    'swav_regnety:16gf': (
         *(dict(name='regnet_y_16gf'), (3024, 128)),
         *(False, MULTI6, 64, 64, 0, 4.8),
     ),
-    'swav_regnety_128gf': (
+    'swav_regnety:128gf': (
         *(dict(name='regnet_y_128gf'), (7392, 128)),
         *(False, MULTI6, 64, 64, 0, 4.8),
     ),
-    'swav_regnety_256gf': (
+    'swav_regnety:256gf': (
         *(dict(name='regnet', depth=27, w_0=640), (10444, 128)),
         *(False, MULTI6, 64, 64, 0, 4.8),
     ),
-    'swav_regnety_256gf:proto16k': (
+    'swav_regnety:256gf,proto16k': (
         *(dict(name='regnet', depth=27, w_0=640), (8192, 8192, 256)),
         *(False, MULTI6, 64, 64, 0, 4.8),
     ),
@@ -117,8 +117,12 @@ def test_settings_are_vissls(name):
     models.build(config.model)
 
 
-@pytest.mark.parametrize('name', sorted({name.partition(':')[0] for name in RECIPES} | {'demo'}))
-def test_network_of_every_file_has_shapes(name):
+# One recipe of each network.
+NETWORKS = {repr(recipe[:3]): name for name, recipe in reversed(RECIPES.items())}
+
+
+@pytest.mark.parametrize('name', [*NETWORKS.values(), 'demo'])
+def test_every_network_has_shapes(name):
     config = get_config(name)
     net = models.build(config.model, channels=config.data.channels)
     image = jax.ShapeDtypeStruct((1, 64, 64, config.data.channels), jnp.float32)
@@ -136,7 +140,7 @@ def test_network_of_every_file_has_shapes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['swav_r50_bs256', 'swav_regnety_256gf:proto16k'])
+@pytest.mark.parametrize('name', ['swav_r50_bs256', 'swav_regnety:256gf,proto16k'])
 def test_one_step_has_shapes(name):
     """The step that a run compiles, on 8 devices, without allocating any of it."""
     config = get_config(name)
@@ -168,6 +172,9 @@ def test_one_step_has_shapes(name):
         ('swav_r50:2x224,fast', 'fast'),
         ('swav_resnext:50-32x5d', '50-32x5d'),
         ('swav_r50_restarts:200,quarter', 'quarter'),
+        ('swav_resnet:r51', 'r51'),
+        ('swav_r50_wide:w2,w3', 'w3'),
+        ('swav_regnety:16gf,100gf', '100gf'),
     ],
 )
 def test_an_unknown_word_is_named(name, word):

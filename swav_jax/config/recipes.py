@@ -1,7 +1,7 @@
 """ImageNet recipes, and the words after a config file's colon that choose among them.
 
-`--config configs/swav_r101.py:200,2x160+4x96` is 200 epochs with these crops: words in any order,
-each of another kind, epochs, crops and heads. What no word says is as the file has it.
+`--config configs/swav_r50.py:200,2x160+4x96` is 200 epochs with these crops. Words stand in any
+order; each chooses something else: epochs, crops or the head.
 """
 
 from collections.abc import Iterable, Mapping
