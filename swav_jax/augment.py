@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from ml_collections import ConfigDict
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL and torchvision
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, like PIL and torchvision
 # TPUs and GPUs round the operands of float32 products by default; HIGH keeps a crop within a
 # quarter of a gray level.
 PRECISION = lax.Precision.HIGH

@@ -25,7 +25,7 @@ RUNS = 'left out folders of runs with their pictures'
 PREVIEWS = 'left out pictures that swav_jax.commands.preview drew'
 NO_FILES = 'left out what is named as an image but is no file (a pipe, a device, a broken link)'
 BESIDE = (
-    'left out images beside the class folders, as torchvision does; move them into one to use them'
+    'left out images beside the class folders, like torchvision; move them into one to use them'
 )
 
 
