@@ -26,7 +26,7 @@ CROPS = {
     '6x160': ((6,), (160,), ((0.14, 1.0),)),
 }
 
-# A layer more, a hidden layer of 4096, and the head of SEER with 16,000 prototypes.
+# One more layer, a hidden layer of 4096, and SEER's head with 16,000 prototypes.
 HEADS = ('head3', 'head4096', 'proto16k')
 
 
@@ -38,16 +38,16 @@ def imagenet(
     hidden: int = 2048,
     use_bn: bool = True,
 ) -> ConfigDict:
-    """VISSL's SwAV recipe for ImageNet, `swav_8node_resnet`, with what differs between trunks.
+    """VISSL's SwAV recipe for ImageNet, `swav_8node_resnet`, with a ResNet-50.
 
     Args:
       arg: words that choose epochs (`WARMUP`), crops (`CROPS`) and a head (`HEADS`).
-      epochs, crops: where no word chooses them.
+      epochs, crops: the words for these if `arg` has none.
       hidden: width of the head's hidden layers.
-      use_bn: whether the head normalises.
+      use_bn: whether the head has BatchNorm.
 
     Raises:
-      UserError: a word is not known, or the second one of its kind.
+      UserError: a word is unknown, or the second one of its kind.
     """
     (epochs, warmup), arg = choose(arg, WARMUP, epochs)
     (_, (num_crops, size_crops, crop_scales)), arg = choose(arg, CROPS, crops)
@@ -76,7 +76,7 @@ def imagenet(
 
 
 def choose(arg: str, choices: Mapping[str, Value], default: str) -> tuple[tuple[str, Value], str]:
-    """The choice that `arg` has a word for, or else the default's, and the words that are left."""
+    """The first word in `arg` that is a choice, or the default, with its value; the other words."""
     words = arg.split(',') if arg else []
     word = next((word for word in words if word in choices), default)
     if word in words:

@@ -1,4 +1,4 @@
-"""Networks by name: a trunk, SwAV's head, and both in one module."""
+"""The network of a run: a trunk, found by its settings, and SwAV's head."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -32,20 +32,20 @@ class SwAVNet(nn.Module):
     def __call__(
         self, crops: list[jax.Array], train: bool, recompute_passes: bool = False
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Embeds all crops: one trunk pass per list entry, one head pass over them all.
+        """Embed all crops: one trunk pass for each entry of the list, then one head pass over all.
 
-        Trunk statistics thus see each resolution apart and move once for each, in order; the
-        head's see all crops together, once.
+        BatchNorm in the trunk uses the statistics of one resolution at a time, and its running
+        statistics move once for each, in order. BatchNorm in the head uses those of all crops.
 
         Args:
-          crops: per resolution, images (n_g·B, S_g, S_g, channels).
+          crops: for each resolution, images (n_g·B, S_g, S_g, channels).
           train: use and record the batch's statistics (`mutable=['batch_stats']`).
-          recompute_passes: of a trunk pass keep nothing but the result; the backward pass computes
-            it again, and thus holds the activations of one pass at a time. Equal shapes are
+          recompute_passes: keep only the result of a trunk pass; the backward pass computes the
+            rest again, and so holds the activations of one pass at a time. Equal shapes are
             compiled once.
 
         Returns:
-          embeddings (V·B, D) with V = Σ n_g, and per prototype head scores (V·B, K).
+          embeddings (V·B, D) with V = Σ n_g, and for each prototype head scores (V·B, K).
         """
         if recompute_passes:
             features = jnp.concatenate(scan_passes(self.trunk, crops, train))
@@ -75,14 +75,14 @@ def build(
     Args:
       model_config: `config.model`.
       channels: of the images.
-      dtype: in which convolutions, linear layers and activations compute; parameters, statistics,
-        features, embeddings and scores are float32, or float64 with float64.
-      axis_names: mesh axes over which BatchNorm shares its statistics; None: it does not.
-      mesh_axes: all axes of the `shard_map` the network trains in, over which running statistics
-        are kept equal; None: those of `axis_names`.
+      dtype: of convolutions, linear layers and activations; parameters, statistics, features,
+        embeddings and scores are float32, or float64 if this is float64.
+      axis_names: mesh axes over which BatchNorm shares its statistics; None shares nothing.
+      mesh_axes: all axes of the `shard_map` that the network trains in, over which running
+        statistics are kept equal; None is `axis_names`.
 
     Raises:
-      UserError: for a setting that names no network.
+      UserError: a setting makes no network.
     """
     axis_names = tuple(axis_names or ())
     mesh_axes = axis_names if mesh_axes is None else tuple(mesh_axes)
@@ -95,17 +95,16 @@ def build(
 
 
 def trunk_class(section: Mapping[str, Any]) -> type[Trunk]:
-    """The module of the trunk that a section `config.model.trunk` of any version describes.
+    """The class of the trunk that `config.model.trunk` describes, of this or an earlier version.
 
     Raises:
-      UserError: there is no such trunk.
-      KeyError, TypeError: it is no such section.
+      UserError: there is no such trunk, or a setting makes no network.
     """
     return TRUNKS[type(trunks.parse(trunks.adopt(section)))]
 
 
 def feature_width(trunk: nn.Module, channels: int) -> int:
-    """Width F of a trunk's pooled features of images with so many channels."""
+    """Width F of the features that a trunk computes of images with `channels` channels."""
     image = jax.ShapeDtypeStruct((1, 64, 64, channels), jnp.float32)
     features, _ = jax.eval_shape(
         lambda image: trunk.init_with_output(jax.random.key(0), image, False), image

@@ -16,14 +16,14 @@ from swav_jax.parallel.mesh import vary_alike
 def conv2d(
     x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, groups: int = 1
 ) -> jax.Array:
-    """Convolves images with a kernel, as torch.nn.functional.conv2d, with channels last.
+    """Convolve images with a kernel like torch.nn.functional.conv2d, with channels last.
 
     Args:
       x: (B, H, W, C) images.
       kernel: (kh, kw, C / groups, D), of the same dtype.
       stride: in pixels, along both axes.
       padding: zero pixels on each of the four sides.
-      groups: the channels are cut into so many groups, each convolved with its own kernels.
+      groups: number of groups of channels, each convolved with its own kernels.
 
     Returns:
       (B, H', W', D) with H' = (H + 2·padding - kh) // stride + 1, and W' likewise.

@@ -28,9 +28,9 @@ def torch_bias_init(fan_in: int) -> nn.initializers.Initializer:
 
 
 class Prototypes(nn.Module):
-    """Scores of embeddings against K prototypes, the columns of `kernel`: no bias, never rounded.
+    """Scores of embeddings against K prototypes, the columns of `kernel`, in full precision.
 
-    With `weight_norm` (torch.nn.utils.weight_norm, its gain starting at 1) column k counts as
+    With `weight_norm` (torch.nn.utils.weight_norm with an initial gain of 1) prototype k is
     gain_k · kernel_k / ‖kernel_k‖.
     """
 
@@ -45,19 +45,19 @@ class Prototypes(nn.Module):
         if self.weight_norm:
             gain = self.param('gain', nn.initializers.ones, shape[1:], z.dtype).astype(z.dtype)
             kernel = kernel * (gain / jnp.linalg.norm(kernel, axis=0))
-        # GPUs would multiply float32 in TF32, whose 10 bits the Sinkhorn's 1/epsilon magnifies.
+        # GPUs would multiply float32 in TF32, and Sinkhorn's 1/epsilon magnifies its rounding.
         return jnp.matmul(z, kernel, precision=lax.Precision.HIGHEST)
 
 
 def prototype_scores(head_params: dict, z: jax.Array) -> tuple[jax.Array, ...]:
-    """Scores of embeddings with the prototypes alone, which is how a queue is scored.
+    """Scores of embeddings, computed with the prototypes alone, like those of a queue.
 
     Args:
       head_params: the head's parameters.
       z: embeddings (..., D).
 
     Returns:
-      per prototype head, scores (..., K).
+      for each prototype head, scores (..., K).
     """
     names = sorted(
         (n for n in head_params if n.startswith('prototypes')), key=lambda n: int(n[10:])
@@ -74,17 +74,16 @@ class SwAVHead(nn.Module):
     """Linear → BatchNorm → activation, …, linear → L2 normalisation → prototypes.
 
     Attributes:
-      dims: widths of the linear layers' outputs; the input's width is the trunk's.
-      num_clusters: prototypes of each prototype head.
-      use_bn: normalise after each linear layer, the last one only without `skip_last_bn`.
+      dims: output widths of the linear layers.
+      num_clusters: number of prototypes in each prototype head.
+      use_bn: normalise after each linear layer.
       use_bias: in the linear layers.
-      skip_last_bn: end the projection with the last linear layer; otherwise BatchNorm (with
-        `use_bn`) and the activation follow it, too.
-      normalize_feats: embeddings of length 1.
+      skip_last_bn: end the projection with the last linear layer, without BatchNorm and activation.
+      normalize_feats: scale embeddings to length 1.
       activation_name: one of `ACTIVATIONS`.
       weight_norm_prototypes: see `Prototypes`.
       norm: a BatchNorm with dtype and synchronisation already set.
-      dtype: in which the linear layers compute.
+      dtype: of the linear layers.
     """
 
     dims: tuple[int, ...]
@@ -100,7 +99,7 @@ class SwAVHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Features (N, F) → embeddings (N, D) and, per prototype head, scores (N, K)."""
+        """Features (N, F) → embeddings (N, D) and, for each prototype head, scores (N, K)."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
         activation = ACTIVATIONS[self.activation_name]
         for i, dim in enumerate(self.dims):
@@ -129,7 +128,7 @@ class SwAVHead(nn.Module):
 
 
 def normalize(x: jax.Array) -> jax.Array:
-    """Rows of length 1, as torch.nn.functional.normalize: x / max(‖x‖, 1e-12), 0 for a zero row."""
-    # The square root is kept away from 0, where its derivative is infinite.
+    """Rows of length 1, or 0 for a zero row, like torch.nn.functional.normalize."""
+    # ‖x‖ is at least 1e-12. The derivative of the square root is infinite at 0.
     squares = jnp.sum(jnp.square(x), -1, keepdims=True)
     return x * lax.rsqrt(jnp.maximum(squares, 1e-24))

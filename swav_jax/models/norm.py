@@ -14,17 +14,17 @@ from swav_jax.parallel.mesh import vary_alike
 
 
 class BatchNorm(nn.Module):
-    """Normalises over all axes but the last, with statistics shared over `axis_names`.
+    """Normalise over all axes but the last, with statistics shared over `axis_names`.
 
-    As torch.nn.SyncBatchNorm does, and unlike flax.linen.BatchNorm, it normalises with the biased
-    variance and moves the running variance by the unbiased one, whose count is that of all
+    Like torch.nn.SyncBatchNorm, and unlike flax.linen.BatchNorm, it normalises with the biased
+    variance and updates the running variance with the unbiased one, over the values of all
     synchronised replicas. `momentum` has PyTorch's meaning: the weight of the new value.
 
-    Statistics are float32 (float64 for float64 inputs) whatever the compute dtype. All replicas'
-    sums travel in one all-reduce forward and, as its transpose, in one backward.
+    Statistics are float32 (float64 for float64 inputs) whatever the compute dtype. The sums of all
+    replicas take one all-reduce forward and one backward.
 
-    Running statistics are replicated over the mesh. Where BatchNorm groups are smaller than the
-    mesh, each group moves them by its own statistics and the average over the groups is kept
+    Running statistics are replicated over the mesh. If BatchNorm groups are smaller than the mesh,
+    each group updates them with its own statistics and the average over the groups is kept
     (PyTorch saves those of rank 0).
 
     Attributes:
@@ -58,7 +58,7 @@ class BatchNorm(nn.Module):
             gain = scale * lax.rsqrt(var + self.epsilon)
             return ((x.astype(stats_dtype) - shift) * gain + bias).astype(self.dtype)
 
-        # Initialisation wants shapes only, and happens outside of the mesh.
+        # Initialisation needs shapes only, and runs outside of the mesh.
         shared, groups = ((), ()) if self.is_initializing() else self._axes()
         x, scale, bias = vary_alike(x, scale.astype(stats_dtype), bias.astype(stats_dtype))
         y, moments = _normalize(x, scale, bias, shift, self.epsilon, shared, self.dtype)
@@ -74,8 +74,8 @@ class BatchNorm(nn.Module):
     def _axes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Mesh axes that share statistics, and those along which groups differ.
 
-        An axis of one device counts as shared: it then takes no all-reduce of its own to tell
-        `shard_map` that nothing differs along it.
+        An axis of one device counts as shared. Otherwise it would take an all-reduce of its own to
+        tell `shard_map` that nothing differs along it.
         """
         others = [name for name in self.mesh_axes if name not in self.axis_names]
         alone = tuple(name for name in others if lax.axis_size(name) == 1)
@@ -84,17 +84,17 @@ class BatchNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _normalize(x, scale, bias, shift, epsilon, axes, dtype):
-    """Returns y, and the batch's mean relative to `shift` and variance, (2, C), without gradients.
+    """y, and the batch's mean relative to `shift` and variance (2, C), which get no gradient.
 
-    Its own backward pass keeps x and two numbers a channel, where that of the formulas would keep
-    three arrays of the size of x, and reads and writes twice as much.
+    The backward pass keeps x and two numbers for each channel. If JAX derived it, it would keep
+    three arrays of the size of x, and read and write twice as much.
     """
     return _forward(x, scale, bias, shift, epsilon, axes, dtype)[0]
 
 
 def _forward(x, scale, bias, shift, epsilon, axes, dtype):
-    # All is relative to the running mean. Any shift gives the same result; one near the mean keeps
-    # the digits of a variance that is much smaller than the mean's square.
+    # Values are taken relative to the running mean. Any shift gives the same result; one near the
+    # mean keeps the digits of a variance that is much smaller than the square of the mean.
     moved = x.astype(shift.dtype) - shift
     sums = _shared(jnp.stack([_sum(moved), _sum(jnp.square(moved))]), axes)
     mean, mean_of_squares = checkpoint_name(sums, STATISTICS) / _count(x, axes)

@@ -9,9 +9,9 @@ from jax import numpy as jnp
 def max_pool(x: jax.Array) -> jax.Array:
     """Maxima of 3×3 windows, two pixels apart, of images padded by one pixel of -inf.
 
-    As torch.nn.functional.max_pool2d(x, 3, 2, 1): the gradient goes to the first maximum of a
-    window in reading order, and NaN wins. XLA's own takes a hundred times as long backward on the
-    CPU, where it scatters one element after the other.
+    Like torch.nn.functional.max_pool2d(x, 3, 2, 1), the gradient goes to the first maximum of a
+    window in reading order, and NaN wins. The backward pass of XLA's own takes a hundred times as
+    long on the CPU, because it scatters one element after the other.
 
     Args:
       x: (B, H, W, C) images.

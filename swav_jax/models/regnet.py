@@ -62,7 +62,7 @@ class Block(nn.Module):
         return relu(x + y)
 
     def _squeeze_and_excite(self, y: jax.Array, squeezed: int) -> jax.Array:
-        """Scales each channel by a function of all channels' means (Hu et al., 2018)."""
+        """Scale each channel by a function of all channels' means (Hu et al., 2018)."""
         wide = jnp.promote_types(y.dtype, jnp.float32)
         s = jnp.mean(y, (1, 2), keepdims=True, dtype=wide)
         s = relu(self.conv(squeezed, use_bias=True, name='se_fc1')(s))

@@ -11,8 +11,8 @@ from swav_jax.cpu.materialize import computed_once
 def relu(x: jax.Array) -> jax.Array:
     """max(x, 0); the gradient at 0 is 0, as PyTorch's.
 
-    The backward pass keeps the output, which the next convolution keeps as well. That of
-    `jax.nn.relu` keeps the input besides: a third of all that a ResNet-50 keeps.
+    The backward pass keeps the output, which the next convolution keeps as well. `jax.nn.relu`
+    also keeps the input: a third of all that a ResNet-50 keeps.
     """
     return computed_once(nn.relu(x))
 

@@ -15,14 +15,14 @@ _KEEP = jax.checkpoint_policies.save_only_these_names(STATISTICS)
 def recompute(
     apply: Callable[[nn.Module, jax.Array], jax.Array], when: bool
 ) -> Callable[[nn.Module, jax.Array], jax.Array]:
-    """`apply(module, x)`, of which the backward pass keeps the input and BatchNorm's sums alone."""
+    """`apply(module, x)`; with `when` only the input and BatchNorm's sums are kept of it."""
     return nn.remat(apply, policy=_KEEP) if when else apply
 
 
 def run_stage(
     trunk: nn.Module, x: jax.Array, blocks: Sequence[Callable[..., nn.Module]], train: bool
 ) -> jax.Array:
-    """The blocks one after the other, as children of `trunk`, whose `remat` says what is kept."""
+    """Run the blocks in sequence, as children of `trunk`, and keep what its `remat` says."""
 
     def run_block(block, x):
         return block(x, train)
@@ -36,7 +36,7 @@ def run_stage(
 
 
 def scan_passes(trunk: nn.Module, crops: Sequence[jax.Array], train: bool) -> list[jax.Array]:
-    """Features of each pass, of which nothing else is kept; a loop over those of equal shape."""
+    """Features of each pass, without keeping anything else; passes of equal shape are a loop."""
 
     def run_pass(trunk, images):
         return trunk(images, train)

@@ -45,7 +45,7 @@ def to_torch(
 
     Args:
       variables: of a `SwAVNet`.
-      layout: 'torchvision' holds the trunk alone; 'vissl' and 'swav' head and prototypes, too.
+      layout: 'torchvision' has only the trunk; 'vissl' and 'swav' also have head and prototypes.
       trunk: the network's trunk, or its class.
       activation: whether the head has activations, which take places in its nn.Sequential
         (`activation_name` other than 'none').
@@ -77,17 +77,17 @@ def load_into(
     *,
     allow_partial: bool | None = None,
 ) -> dict[str, Any]:
-    """The variables with the values of PyTorch weights, or of another run, where these have them.
+    """Replace variables by PyTorch weights, or by those of another run, and print what was loaded.
 
-    Prints what was loaded. A head that the file does not have, or has in other shapes, keeps its
-    values; so do trunk tensors with `allow_partial`.
+    A head that the file does not have, or has in other shapes, keeps its values. So do trunk
+    tensors with `allow_partial`.
 
     Args:
       variables: of a `SwAVNet`; values are converted to their dtypes.
       path: see `read`.
       trunk: the network's trunk, or its class.
-      allow_partial: load what fits of a file that is not of this trunk; None: never, and no error
-        advises it.
+      allow_partial: load what fits of a file that is not of this trunk; None is False, and no
+        error suggests `config.init_allow_partial`.
 
     Raises:
       UserError: the file cannot be read, is not of this trunk, nothing of it fits, or a tensor
@@ -121,16 +121,16 @@ def load_into(
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """The model's tensors in a file, by their names without what wraps the model there.
+    """The model's tensors in a file, by their names without the prefixes of the checkpoint.
 
     Args:
-      path: a `.safetensors` file, what torch.save wrote, or the folder of a run, of which the
-        newest checkpoint is read. Of a file with several models `FILE:student` names one by what
-        its tensors' names begin with.
+      path: a `.safetensors` file, what torch.save wrote, or the folder of a run, whose newest
+        checkpoint is read. `FILE:student` reads the model whose tensors have names that begin with
+        `student` in a file with several models.
 
     Raises:
       UserError: there is no such file, it is damaged, it holds more than tensors and plain data
-        (which is not unpickled), it holds no tensors, or several trunks.
+        (nothing else is unpickled), it holds no tensors, or it holds several trunks.
     """
     path, part = locate(path)
     if path.is_dir():

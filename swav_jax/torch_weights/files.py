@@ -22,9 +22,9 @@ _NUMPY = (
 
 
 class _Skipped:
-    """Stands in for NumPy's numbers that checkpoints hold beside their tensors.
+    """A placeholder for NumPy's numbers in a checkpoint.
 
-    Making real ones of foreign bytes would not be safe, and none is needed.
+    Unpickling them would not be safe, and only tensors are needed.
     """
 
     def __init__(self, *args: Any):
@@ -106,7 +106,7 @@ def _flat(content: Any, torch: Any) -> dict[str, np.ndarray]:
 def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 'pth') -> None:
     """Write a state dict of `to_torch`, whole or not at all.
 
-    VISSL's is nested in a .pth as VISSL nests it; a .safetensors file keeps the flat names.
+    A .pth file in VISSL's layout is nested like VISSL's; a .safetensors file has flat names.
 
     Raises:
       UserError: the format is unknown, or the file cannot be written.

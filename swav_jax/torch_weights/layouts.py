@@ -1,7 +1,7 @@
 """How PyTorch code bases name the tensors of our networks, and order their axes.
 
-A layout is a rule from a tensor's place here to its name there. Inner names are those without what
-wraps a model in a checkpoint: the trunk's own, projection_head.N.… and prototypesN.….
+A layout maps the path of a tensor here to its name there. Inner names have no prefix of a
+checkpoint: the trunk's own names, projection_head.N.… and prototypesN.….
 """
 
 import re
@@ -24,14 +24,21 @@ _LEAVES = {
     'var': 'running_var',
 }
 
-# A tensor's place in the variables: collection, 'trunk' or 'head', modules, leaf.
+# The path of a tensor in the variables: collection, 'trunk' or 'head', modules, leaf.
 Key = tuple[str, ...]
 
 
 def inner_names(
     tensors: Mapping[Key, Any], layout: str, places: list[int], trunk: Trunk | type[Trunk]
 ) -> dict[Key, str]:
-    """Each tensor's inner name; `places` are those of the projection's layers in nn.Sequential."""
+    """The inner name of each tensor.
+
+    Args:
+      tensors: by their paths.
+      layout: one of `LAYOUTS`.
+      places: indices of the projection's layers in nn.Sequential.
+      trunk: the network's trunk, or its class.
+    """
     place = dict(zip(projection_layers(tensors), places, strict=False))
     names = {}
     for key in tensors:
@@ -55,7 +62,7 @@ def projection_layers(tensors: Mapping[Key, Any]) -> list[str]:
 
 
 def sequential_places(layers: list[str], activation: bool) -> list[int]:
-    """Their indices in nn.Sequential, where an activation follows a linear layer and its norm."""
+    """The layers' indices in nn.Sequential, if an activation follows each linear layer and norm."""
     places, place = [], 0
     for i, _ in enumerate(layers):
         places.append(place)
@@ -65,7 +72,7 @@ def sequential_places(layers: list[str], activation: bool) -> list[int]:
 
 
 def inner_name(name: str) -> str:
-    """A name as any layout has it, without the parts that depend on what else there is."""
+    """The inner name for a name of any layout, whatever other tensors there are."""
     name = re.sub(r'^(trunk|heads(\.\d+)+)\.', '', name)
     name = re.sub(r'^projection_head\.(?=weight|bias)', 'projection_head.0.', name)
     name = re.sub(r'^prototypes\.(?=weight)', 'prototypes0.', name)
@@ -79,7 +86,7 @@ def inner_name(name: str) -> str:
 
 
 def outer_name(name: str, layout: str, one_linear: bool, one_prototype_head: bool) -> str:
-    """The full name of an inner one; the official swav repository numbers only what is several."""
+    """The full name for an inner name; the official repository numbers only one of several."""
     if layout == 'vissl':
         return VISSL + ('heads.0.' if in_head(name) else 'trunk.') + name
     if layout == 'torchvision':
@@ -92,12 +99,12 @@ def outer_name(name: str, layout: str, one_linear: bool, one_prototype_head: boo
 
 
 def in_head(name: str) -> bool:
-    """Whether an inner name is of the projection or the prototypes."""
+    """Whether an inner name belongs to the projection or the prototypes."""
     return name.startswith(('projection_head', 'prototypes'))
 
 
 def flatten(variables: Mapping[str, Any]) -> dict[Key, Any]:
-    """The tensors of a `SwAVNet` by their places, parameters first."""
+    """The tensors of a `SwAVNet` by their paths, parameters first."""
     return flatten_dict({'params': variables['params']} | dict(variables))
 
 

@@ -1,4 +1,4 @@
-"""Names of a model's tensors in a checkpoint, without what stands before all of them."""
+"""Finds a model's tensors in a checkpoint, and removes what their names are prefixed with."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,14 +10,14 @@ from swav_jax.errors import UserError
 from swav_jax.terminal import printable
 from swav_jax.torch_weights.layouts import VISSL
 
-# What stands before the model's own names in a checkpoint. Where one is found, all names without
-# it are those of optimizers and the like. Any other prefix of a trunk is found by its blocks.
+# Prefixes of a model's names in a checkpoint. If one is found, names without it belong to
+# optimizers and the like. Any other prefix of a trunk is found by the names of its blocks.
 _WRAPPERS = (VISSL, 'base_model.model.', 'state_dict.', 'model.', 'module.', '_orig_mod.')
-_COMPILED = re.compile(r'(^|(?<=\.))_orig_mod\.')  # torch.compile puts it before what it compiled
+_COMPILED = re.compile(r'(^|(?<=\.))_orig_mod\.')  # of modules that torch.compile compiled
 
 
 def unwrapped(tensors: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """A model's tensors without what stands before all of their names.
+    """A model's tensors, by their names without the prefixes of the checkpoint.
 
     Args:
       tensors: by their names.
@@ -42,7 +42,7 @@ def unwrapped(tensors: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def of_part(path: Path, part: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors whose names contain `part` as whole components, without the names up to there.
+    """The tensors below `part`, by the rest of their names.
 
     Raises:
       UserError: there are none.
