@@ -1,8 +1,8 @@
-"""The command line of every command: its flags, its settings, and how it ends.
+"""Parts of a command line: a parser, types of flags, exit codes and output streams.
 
 `--config FILE[:WORDS]` names a file whose `get_config` returns the settings, and
-`--config.SETTING=VALUE` changes one of them, in the type that it has. What is wrong with a command
-line, a file or a place to write to is one line, and exit code 2.
+`--config.SETTING=VALUE` changes one of them, in the type that it has. A mistake in a command line
+or a file, or a place that cannot be written to, is reported in one line, with exit code 2.
 """
 
 import argparse
@@ -24,40 +24,46 @@ from typing import Any, TextIO
 from absl import logging as absl_logging
 from ml_collections import ConfigDict
 
+from swav_jax import config as settings
 from swav_jax.config.file import BOOLEANS, load_config, override
 from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
 from swav_jax.terminal import printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags whose mistakes are a `UserError`.
+    """Flags whose mistakes are a `UserError`; `description` is the first part of --help."""
 
-    Args:
-      description: what --help says first.
-      changes: whether `--config.SETTING=VALUE` is taken, too.
-    """
-
-    def __init__(self, description: str, *, changes: bool = False, **options: Any):
+    def __init__(self, description: str):
         spec = getattr(sys.modules['__main__'], '__spec__', None)
         super().__init__(
             prog=f'python -m {spec.name}' if spec else None,
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
-            **options,
         )
-        self._takes_changes = changes
+        self._takes_changes = False
+
+    def accept_changes(self) -> None:
+        """Accept `--config.SETTING=VALUE`, too."""
+        self._takes_changes = True
+        self.epilog = (
+            '--config.SETTING=VALUE changes a setting, for example --config.evaluate.size=160.\n'
+            'With --config FILE, this page lists all settings.'
+        )
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The flags; `changes` holds pairs of a setting's name and its text, None without one.
+        """Parse the flags; `changes` holds pairs of a setting's name and its text, or None.
 
         Raises:
-          UserError: a flag is not known, is missing, or has a value that does not fit.
+          UserError: a flag is unknown or missing, or has a value that is not allowed.
         """
         rest, changes = split_changes(argv) if self._takes_changes else (list(argv), [])
-        for word in rest[: rest.index('--') if '--' in rest else None]:
+        flags = rest[: rest.index('--') if '--' in rest else None]
+        for word in flags:
             if word.startswith('--') and word.partition('=')[0] not in self._option_string_actions:
                 self._unknown(word)
+        if {'-h', '--help'} & set(flags):
+            self._help(rest, changes)
         found, extra = self.parse_known_args(rest)
         if extra:
             self._unknown(extra[0])
@@ -77,15 +83,27 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> None:
         if not word.startswith('-'):
-            raise UserError(f'{word!r} is not a flag: flags begin with --, as in --help')
+            raise UserError(f'{word!r} is not a flag: flags begin with --, see --help')
         names = [name.lstrip('-') for name in self._option_string_actions]
         near = difflib.get_close_matches(word.lstrip('-').partition('=')[0], names, n=1)
         hint = f'. Did you mean: {near[0]}?' if near else ': see --help'
         raise UserError(f'{word!r} is not known{hint}')
 
+    def _help(self, words: Sequence[str], changes: Sequence[tuple[str, str | None]]) -> None:
+        """Print the page and, with a --config, every setting; then exit."""
+        finder = Parser('')
+        finder.add_argument('--config')
+        spec = finder.parse_known_args([w for w in words if w not in ('-h', '--help')])[0].config
+        known = spec is not None and '--config' in self._option_string_actions
+        config = read_config(spec, changes) if known else ConfigDict()
+        print(self.format_help(), end='')  # argparse's print_help ignores a failing output
+        for name, value in settings.flatten(config):
+            print(f'  --{name}={settings.to_dict(value)}')
+        self.exit()
+
 
 def split_changes(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str | None]]]:
-    """Take `--config.SETTING=VALUE` and `--config.SETTING VALUE` out of a command line."""
+    """Separate `--config.SETTING=VALUE` and `--config.SETTING VALUE` from the other words."""
     rest, changes, words = [], [], list(argv)
     while words:
         word = words.pop(0)
@@ -94,7 +112,7 @@ def split_changes(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str |
             rest.append(word)
             continue
         if not equals:
-            # A number below 0 is a value, too.
+            # A negative number is a value, not a flag.
             has_value = words and re.match(r'[^-]|$|-[\d.]|-(inf|nan)\b', words[0])
             text = words.pop(0) if has_value else None
         changes.append((name, text))
@@ -102,63 +120,49 @@ def split_changes(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str |
 
 
 def integer(least: int = 0, most: int = 2**31 - 1) -> Callable[[str], int]:
-    """The type of a flag that is a whole number in these bounds."""
-
-    def parse(text: str) -> int:
-        allowed = f'a whole number of {least} or more' + f', to {most}' * (most != 2**31 - 1)
-        return _checked(int, text, lambda x: least <= x <= most, allowed)
-
-    return parse
+    """The type of a flag: a whole number from `least` to `most`."""
+    allowed = f'a whole number of {least} or more' + f', to {most}' * (most != 2**31 - 1)
+    return _checked(int, lambda x: least <= x <= most, allowed)
 
 
-def number(least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
-    """The type of a flag that is a finite number in these bounds."""
-
-    def parse(text: str) -> float:
-        bounds = [
-            f'{word} {x:g}' for word, x in (('from', least), ('to', most)) if abs(x) < math.inf
-        ]
-        allowed = ' '.join(['a number', *bounds])
-        return _checked(float, text, lambda x: math.isfinite(x) and least <= x <= most, allowed)
-
-    return parse
+def number(least: float, most: float) -> Callable[[str], float]:
+    """The type of a flag: a number from `least` to `most`."""
+    return _checked(float, lambda x: least <= x <= most, f'a number from {least:g} to {most:g}')
 
 
 def positive(most: float = math.inf) -> Callable[[str], float]:
-    """The type of a flag that is a finite number above 0."""
+    """The type of a flag: a finite number above 0, up to `most`."""
+    allowed = 'a number above 0' + f', to {most:g}' * (most < math.inf)
+    return _checked(float, lambda x: 0 < x < math.inf and x <= most, allowed)
 
-    def parse(text: str) -> float:
-        allowed = 'a number above 0' + f', to {most:g}' * (most < math.inf)
-        return _checked(float, text, lambda x: math.isfinite(x) and 0 < x <= most, allowed)
+
+def _checked(
+    kind: Callable[[str], Any], holds: Callable[[Any], bool], allowed: str
+) -> Callable[[str], Any]:
+    """A type of flags: `kind` of a text, if it `holds`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except (KeyError, ValueError):
+            value = None
+        if value is None or not holds(value):
+            raise argparse.ArgumentTypeError(f'={text}: must be {allowed}')
+        return value
 
     return parse
 
 
-def boolean(text: str) -> bool:
-    """The type of a flag that may have a value, true or false."""
-    return _checked(lambda t: BOOLEANS[t.lower()], text, lambda _: True, 'true or false')
-
-
-def _checked(
-    kind: Callable[[str], Any], text: str, holds: Callable[[Any], bool], allowed: str
-) -> Any:
-    try:
-        value = kind(text)
-    except (KeyError, ValueError):
-        pass
-    else:
-        if holds(value):
-            return value
-    raise argparse.ArgumentTypeError(f'={text}: must be {allowed}')
+boolean = _checked(lambda text: BOOLEANS[text.lower()], lambda _: True, 'true or false')
 
 
 def path(text: str) -> Path:
-    """The type of a flag that names a file or folder: `~` is the user's home."""
+    """The type of a flag: a file or folder; `~` is the user's home."""
     if not text.strip() or '\0' in text:
         raise argparse.ArgumentTypeError(f'={text}: must name a file or folder')
     try:
         found = Path(text).expanduser()
-        found.exists()  # fails where the name is too long, or a folder is closed to the user
+        found.exists()  # fails if the name is too long or a folder may not be read
     except RuntimeError as error:
         raise argparse.ArgumentTypeError(f'={text}: no such home folder') from error
     except OSError as error:
@@ -169,7 +173,7 @@ def path(text: str) -> Path:
 
 
 def new_file(text: str) -> Path:
-    """The type of a flag that names a file to write: a regular one, or none yet."""
+    """The type of a flag: a file to write, a regular one or a new one."""
     if text.endswith(os.sep):
         raise argparse.ArgumentTypeError(
             f'={text}: must name a file, not a folder (no / at the end)'
@@ -178,7 +182,7 @@ def new_file(text: str) -> Path:
 
 
 def new_folder(text: str) -> Path:
-    """The type of a flag that names a folder to write to, which need not be there yet."""
+    """The type of a flag: a folder to write to, which may be a new one."""
     return _new(text, Path.is_dir, 'folder')
 
 
@@ -193,10 +197,10 @@ def _new(text: str, is_right: Callable[[Path], bool], kind: str) -> Path:
 
 
 def read_config(spec: str | None, changes: Sequence[tuple[str, str | None]]) -> ConfigDict | None:
-    """The settings of a --config, changed by `Parser.parse`'s `changes`; None without a file.
+    """The settings in a config file with the changes of `Parser.parse`; None without a file.
 
     Raises:
-      UserError: the file fails, or a setting is not known or does not take its value.
+      UserError: the file fails, or a setting is unknown or does not accept its value.
     """
     if spec is None and changes:
         raise UserError(f'--{changes[0][0]} needs a --config that it can change')
@@ -204,10 +208,10 @@ def read_config(spec: str | None, changes: Sequence[tuple[str, str | None]]) -> 
 
 
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    """Call `main` and return the exit code: 2 where `failure` has a line for what it raises.
+    """Call `main` and return the exit code: 2 if `failure` has a line for what it raises.
 
-    A reader of its output that is gone ends a command without a word, with the code that a shell
-    gives to that signal; `go_on_without_output` keeps a run from it.
+    If the reader of the output is gone, a command ends silently with a shell's code for SIGPIPE;
+    `go_on_without_output` makes it continue instead.
     """
     quiet_libraries()
     with _outputs():
@@ -232,19 +236,17 @@ def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int
 
 @functools.cache
 def quiet_libraries() -> None:
-    """Keep what TensorFlow and orbax print on their own out of a command's output.
+    """Silence the logs of TensorFlow and orbax in the whole process; for commands only.
 
-    A command calls it before TensorFlow is imported, which reads its variables then. It is for the
-    whole process, so nothing calls it where swav_jax is a library.
+    TensorFlow reads these variables when it is imported, so this has to be called before.
     """
-    # TensorFlow's log greets the user with pages of plug-ins and has a line for every damaged file
-    # (JAX, where it comes first, sets the level to 1), and oneDNN adds two lines that no level
-    # hides.
+    # TensorFlow logs pages on its plug-ins and a line per damaged file (JAX, if it is imported
+    # first, sets the level to 1), and oneDNN two lines at every level.
     if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
         os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    # Exceptions say what failed. Of one failed read or write orbax logs warnings and several
-    # traces, and the coroutines that it drops print more of them to stderr, at any time later.
+    # An exception tells what failed. For one failed read or write orbax also logs warnings and
+    # several traces, and the coroutines that it drops print more to stderr at any time later.
     absl_logging.get_absl_logger().addFilter(
         lambda record: 'orbax' not in record.pathname or record.levelno < logging.WARNING
     )
@@ -262,44 +264,49 @@ def quiet_libraries() -> None:
 
 
 def _is_of_orbax(record: logging.LogRecord) -> bool:
-    """Whether it tells of a coroutine of orbax, or of an exception that came from there."""
+    """Whether a record is about a coroutine of orbax, or an exception raised there."""
     error = record.exc_info and record.exc_info[1]
     frames = traceback.extract_tb(error.__traceback__) if error else []
     return 'orbax' in record.getMessage() or any('orbax' in frame.filename for frame in frames)
 
 
 def failure(error: Exception) -> str | None:
-    """The line for a mistake of the user's or a refusal of the system's; None for a bug.
+    """One line for an error that the user can fix or the system reports; None for a bug.
 
-    It is empty where another process has said it.
+    It is empty if another process has reported it.
     """
     if isinstance(error, UserError):
         return '' if isinstance(error, SaidElsewhereError) else str(error)
     if isinstance(error, OSError):
         return os_error_line(error)
     if isinstance(error, MemoryError):
-        return f'the memory does not suffice ({error}): take smaller batches or fewer images'
+        return f'not enough memory ({error}): use smaller batches or fewer images'
     if isinstance(error, RuntimeError) and 'home directory' in str(error):  # of Path.expanduser
         return f'a path with ~ cannot be resolved: {error}'
     if 'RESOURCE_EXHAUSTED' in str(error):
-        reason = str(error).strip().partition('\n')[0]
+        reason = first_line(error)
         return f'the devices have too little memory ({reason}): lower config.evaluate.batch_size'
     return None
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition('\n')[0]
+
+
 def tell(line: str) -> None:
-    """Print an error on one line, in which nothing controls a terminal."""
+    """Print an error on one line, without control characters; nothing if it is empty."""
     if line:
         print(f'error: {printable(" ".join(line.split()))}', file=sys.stderr, flush=True)
 
 
 class _Output:
-    """A stream that may fail: its reader is gone, or its disk is full.
+    """A stream whose reader may be gone, or whose disk full.
 
     Args:
-      stream: takes the text.
+      stream: receives the text.
       name: for error messages.
-      goes_on: whether a failure leaves the rest unprinted, instead of being raised.
+      goes_on: whether to drop the rest of the text after a failure, instead of raising it.
     """
 
     def __init__(self, stream: TextIO, name: str, goes_on: bool):
@@ -329,20 +336,20 @@ class _Output:
 
 
 def go_on_without_output() -> None:
-    """From here on a failure of standard output is said on stderr, once, and ends nothing."""
+    """From now on report a failure of standard output on stderr, once, and continue."""
     if isinstance(sys.stdout, _Output):
         sys.stdout.goes_on = True
 
 
 def _to_nowhere(stream: TextIO) -> None:
-    """Let what a stream still holds, and writes at exit, go nowhere."""
+    """Discard what a stream still holds and would write at exit."""
     with contextlib.suppress(OSError, ValueError), Path(os.devnull).open('w') as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 @contextlib.contextmanager
 def _outputs() -> Iterator[None]:
-    """Streams that take every letter, and whose failures are seen."""
+    """Make stdout and stderr accept every character, and notice when they fail."""
     before = sys.stdout, sys.stderr
     with Path(os.devnull).open('w') as nowhere:
         out, err = (nowhere if stream is None else stream for stream in before)  # closed ones

@@ -8,17 +8,20 @@ checkpoint's trunk and heads, for VISSL's evaluations), swav (trunk, projection 
 for facebookresearch/swav).
 """
 
+if __name__ == '__main__':  # before the imports, so that mistakes are reported without them
+    from swav_jax import commands
+
+    commands.run('export')
+
+import argparse
 import contextlib
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from swav_jax import cli, models, torch_weights
-from swav_jax.errors import UserError
+from swav_jax import models, torch_weights
+from swav_jax.config import saved
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.terminal import printable
-from swav_jax.torch_weights.layouts import LAYOUTS
 
 
 def export(
@@ -42,12 +45,9 @@ def export(
     Raises:
       UserError: there is no such checkpoint, or `out` cannot be written.
     """
-    folder = Path(workdir).expanduser() / 'checkpoints'
-    if not folder.is_dir():
-        raise UserError(
-            f'--workdir={printable(workdir)} is not the folder of a run: it has no checkpoints/'
-        )
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+    workdir = Path(workdir).expanduser()
+    saved.check_folder(workdir)
+    with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:
         step, variables, metadata = checkpoints.read(
             ('params', 'batch_stats'), step, accept=_naming
         )
@@ -66,29 +66,14 @@ def _naming(metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run the command line that the module's docstring explains; return the exit code."""
-    return cli.run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> None:
-    parser = cli.Parser(__doc__)
-    parser.add_argument('--workdir', type=cli.path, required=True, help='folder of the run')
-    parser.add_argument('--out', type=cli.new_file, required=True, help='file to write')
-    parser.add_argument('--layout', choices=LAYOUTS, default='torchvision')
-    parser.add_argument('--format', choices=torch_weights.FORMATS, default='pth')
-    parser.add_argument('--step', type=cli.integer(), help='which checkpoint (default: the newest)')
-    found = parser.parse(argv)
+def run(flags: argparse.Namespace) -> None:
+    """Export as the flags tell, and print what was written."""
     print(
         export(
-            found.workdir,
-            found.out,
-            layout=found.layout,
-            file_format=found.format,
-            step=found.step,
+            flags.workdir,
+            flags.out,
+            layout=flags.layout,
+            file_format=flags.format,
+            step=flags.step,
         )
     )
-
-
-if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))

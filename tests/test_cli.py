@@ -1,6 +1,7 @@
 """Flags, config files and overrides: what they mean, and one line for each mistake."""
 
-import importlib
+import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,9 +11,12 @@ import pytest
 from commands import EVALUATE, call
 from processes import ROOT
 
-from swav_jax import commands
+from swav_jax import commands, torch_weights
+from swav_jax import config as settings
 from swav_jax.errors import UserError
+from swav_jax.evaluate import linear, semi
 from swav_jax.main import main, parse
+from swav_jax.torch_weights import layouts
 
 WHOLE = 'from swav_jax import config\n\n\ndef get_config():\n    c = config.default()\n'
 LR = 'config.optimizer.param_schedulers.lr'
@@ -284,7 +288,13 @@ COMMANDS = {
             '--seed': ['nan', '-1', str(2**32)],
         },
     ),
-    'swav_jax.evaluate.linear': ([], {'--c': ['nan', 'inf', '-1', '0']}),
+    'swav_jax.evaluate.linear': (
+        [],
+        {
+            '--c': ['nan', 'inf', '-1', '0'],
+            '--crop_scale': ['nan', '0', '1.1', 'None', 'none none'],
+        },
+    ),
 }
 NEEDED = {
     'swav_jax.main': ['--workdir={run}'],
@@ -422,16 +432,119 @@ def test_the_console_scripts_help_and_mistakes_are_fast():
         assert (code, out, error.count('\n')) == ('2', [], 1) and error.startswith(said)
 
 
+# Of each command: what it needs at least, and a flag with a value that is not allowed.
+RUN = '--workdir={run}'
+WITHOUT_JAX = {
+    'train': ('--config={config} --workdir={new}', '--profile=-1'),
+    'plan': ('--config={config}', '--replicas=x'),
+    'preview': ('--config={config}', '--images=0'),
+    'knn': (RUN, '--k=0'),
+    'linear': (RUN, '--crop_scale=2'),
+    'semi': (RUN, '--share=1.1'),
+    'clusters': (f'{RUN} --out={{new}}', '--head=-1'),
+    'features': (f'{RUN} --out={{new}}', '--limit=x'),
+    'report': (RUN, '--step=-1'),
+    'export': (f'{RUN} --out={{new}}', '--layout=timm'),
+    'replay': ('{run}', '--help=x'),
+}
+MANY = """
+import contextlib, io, json, sys
+from swav_jax import commands
+found = []
+for name, words in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = commands.main([name, *words])
+    heavy = sorted({'jax', 'tensorflow', 'torch', 'orbax'} & sys.modules.keys())
+    found.append((code, len(out.getvalue().splitlines()), err.getvalue(), heavy))
+print(json.dumps(found))
+"""
+
+
+def lines_without_jax(run, new):
+    """Commands, words, and what the refusal contains; None for a page of --help."""
+    places = {'run': run, 'new': new, 'config': f'{ROOT}/configs/demo.py'}
+    for name, (needed, out_of_range) in WITHOUT_JAX.items():
+        words = needed.format(**places).split()
+        yield name, ['--help'], None
+        yield name, [*words, '--nonsense=1'], "'--nonsense=1' is not known"
+        yield name, [*words, out_of_range], out_of_range.partition('=')[0]
+        yield name, words[1:], 'missing'
+        if name not in ('export', 'replay'):
+            yield name, [*words, '--config.evaluate.sise=3'], 'nearest one is --config.evaluate.si'
+            yield name, [*words, '--config.evaluate.size=x'], 'must be a whole number'
+        if RUN in needed:
+            missing = [word.replace(run, f'{new}/none') for word in words]
+            yield name, missing, f'--workdir={new}/none holds no checkpoints'
+        if RUN in needed and name not in ('report', 'export'):
+            weights = [f'--weights={new}.pth', *words[1:]]
+            weights += [f'--out={new}'] * (name in ('linear', 'semi'))
+            yield name, weights, f'{new}.pth does not exist'
+            yield name, [*weights, '--config=none.py'], 'there is no such file'
+            yield name, [*weights, '--config.evaluate.sise=3'], 'nearest one is --config.evaluate'
+    yield 'train', [WITHOUT_JAX['plan'][0].format(**places)], '--workdir is missing'
+    yield 'knn', [f'--workdir={run}', '--config.evaluate.size=0'], 'config.evaluate.size=0: must be'
+    yield 'replay', [new], 'holds no dump'
+
+
+def test_help_and_mistakes_of_every_command_are_fast(tmp_path):
+    """They are reported without importing JAX and TensorFlow."""
+    run = tmp_path / 'run'
+    (run / 'checkpoints').mkdir(parents=True)
+    (run / 'about.json').write_text('{}')
+    (run / 'config.json').write_text(json.dumps(settings.to_dict(settings.default())))
+    lines = list(lines_without_jax(str(run), str(tmp_path / 'new')))
+    assert {name for name, _, _ in lines} == set(commands.COMMANDS)
+    done = subprocess.run(
+        [sys.executable, '-c', MANY, json.dumps([line[:2] for line in lines])],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    for line, (code, printed, error, heavy) in zip(lines, json.loads(done.stdout), strict=True):
+        _, _, part = line
+        assert heavy == [], line
+        if part is None:
+            assert code == 0 and printed > 5 and not error, (line, error)
+        else:
+            assert code == 2 and not printed and error.count('\n') == 1, (line, error)
+            assert error.startswith('error: ') and part in error, (line, error)
+    assert [path.name for path in tmp_path.iterdir()] == ['run'], 'nothing is written'
+
+
+def test_choices_are_those_of_the_modules():
+    """`commands.flags` repeats them because the modules import JAX."""
+
+    def choices(name, *flags):
+        try:
+            commands.parse(name, flags)
+        except UserError as error:
+            return set(re.findall(r"'?(\w+)'?[,)]", str(error).partition('choose from')[2]))
+
+    assert choices('linear', '--preset=x') == {*linear.PRESETS, 'logistic'}
+    assert choices('semi', '--preset=x') == {*semi.PRESETS}
+    assert choices('export', '--layout=x') == {*layouts.LAYOUTS}
+    assert choices('export', '--format=x') == {*torch_weights.FORMATS}
+
+
 @pytest.mark.parametrize('name', commands.COMMANDS)
-def test_each_command_has_a_main_and_a_page_of_help(name, capsys):
-    module, _, _ = commands.COMMANDS[name]
-    assert importlib.import_module(module).main(['--help']) == 0
+def test_each_command_has_a_page_of_help_by_either_name(name, capsys):
+    assert commands.main([name, '--help']) == 0
     page = capsys.readouterr()
     assert len(page.out.splitlines()) > 5 and not page.err
-    assert commands.main([name, '--help']) == 0
-    assert capsys.readouterr() == page
+    module, _, _ = commands.COMMANDS[name]
+    assert call(module, '--help') == 0
+    assert capsys.readouterr().out.partition('\n\n')[2] == page.out.partition('\n\n')[2]
     assert commands.main([name, '--nonsense']) == 2
     assert capsys.readouterr().err.startswith("error: '--nonsense' is not known")
+
+
+def test_help_with_a_config_lists_its_settings(capsys):
+    for name in ('train', 'knn', 'preview'):
+        words = [f'--config={ROOT}/configs/demo.py', '--help', '--config.loss.epsilon=0.5']
+        assert commands.main([name, *words]) == 0
+        assert '\n  --config.loss.epsilon=0.5\n' in capsys.readouterr().out
 
 
 def test_a_plan_by_the_console_script(capsys):

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from PIL import Image
 from sklearn import metrics
 from sklearn.neighbors import KNeighborsClassifier
+from small_run import random_variables
 
 from configs import demo
 from swav_jax import augment, models
@@ -101,15 +102,7 @@ def network():
         config.model, channels=1, axis_names=('member',), mesh_axes=('group', 'member')
     )
     plain = models.build(config.model, channels=1)
-    crops = [np.zeros((2, 28, 28, 1), np.float32)]
-    shapes = jax.eval_shape(lambda: plain.init(jax.random.key(0), crops, train=True))
-    rng = np.random.default_rng(0)
-
-    def fill(path, x):  # to compile the real initialisation takes longer than all else here
-        values = rng.standard_normal(x.shape) / np.sqrt(max(x.size // x.shape[-1], 1))
-        return np.float32(1 + abs(values) if path[-1].key in ('var', 'scale') else values)
-
-    return net, jax.tree_util.tree_map_with_path(fill, shapes), config
+    return net, random_variables(plain, 28, 1), config
 
 
 def test_features_of_every_image_in_order(network):

@@ -11,22 +11,23 @@ import numpy as np
 import pytest
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
+from small_run import random_variables
 
 from configs import demo
+from swav_jax import commands, models, torch_weights
 from swav_jax import config as settings
-from swav_jax import models, torch_weights
+from swav_jax.config import saved
 from swav_jax.errors import UserError
 from swav_jax.evaluate import (
     classifier,
     clusters,
-    features,
     knn,
     linear,
     logistic,
     semi,
 )
 from swav_jax.evaluate.classifier import Recipe
-from swav_jax.evaluate.model import load, load_weights, restore_config
+from swav_jax.evaluate.model import load, load_weights
 from swav_jax.runs.checkpoint import Checkpoints
 
 
@@ -37,23 +38,16 @@ def workdir(tmp_path_factory):
     config = demo.get_config()
     config.evaluate.batch_size = 64
     net = models.build(config.model, channels=1)
-    crops = [np.zeros((2, 28, 28, 1), np.float32)]
-    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), crops, train=True))
-    rng = np.random.default_rng(0)
-
-    def fill(path, x):
-        values = rng.standard_normal(x.shape) / np.sqrt(max(x.size // x.shape[-1], 1))
-        return jax.numpy.float32(1 + abs(values) if path[-1].key in ('var', 'scale') else values)
-
-    state = jax.tree_util.tree_map_with_path(fill, shapes) | {'queue': jax.numpy.zeros(3)}
+    state = dict(random_variables(net, 28, 1)) | {'queue': np.zeros(3, np.float32)}
+    state = jax.device_put(state)
     with closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:
         checkpoints.save(3, state, {'config': settings.to_dict(config)})
     return workdir
 
 
-def run(module, *argv):
+def run(name, *argv):
     """The exit code of a command line."""
-    return module.main([str(a) for a in argv])
+    return commands.main([name, *map(str, argv)])
 
 
 def test_a_run_is_loaded_with_its_settings(workdir):
@@ -65,7 +59,7 @@ def test_a_run_is_loaded_with_its_settings(workdir):
     assert (model.step, model.has_head) == (3, True)
     older = settings.to_dict(config)
     del older['evaluate']['k']
-    assert restore_config(older).evaluate.k == 20, 'a setting that the run did not have yet'
+    assert saved.restore(older).evaluate.k == 20, 'a setting that the run did not have yet'
 
 
 def test_embed_takes_arrays_and_files(workdir, tmp_path):
@@ -105,7 +99,7 @@ def test_the_readmes_lines_of_python(workdir, tmp_path, monkeypatch):
 def test_features_are_written(workdir, tmp_path, name):
     out = tmp_path / name
     code = run(
-        features,
+        'features',
         '--workdir',
         workdir,
         '--source=demo:test',
@@ -136,9 +130,9 @@ def test_features_are_written(workdir, tmp_path, name):
 def test_clusters_are_written(workdir, tmp_path, capsys):
     (tmp_path / 'prototype_notes.txt').write_text("the user's own")
     argv = ('--workdir', workdir, '--source=demo:test', '--out', tmp_path)
-    assert run(clusters, *argv, '--limit=400') == 0
+    assert run('clusters', *argv, '--limit=400') == 0
     earlier = {path.name for path in tmp_path.glob('prototype_*.txt')}
-    assert run(clusters, *argv, '--limit=200') == 0
+    assert run('clusters', *argv, '--limit=200') == 0
     assert (tmp_path / 'prototype_notes.txt').read_text() == "the user's own"
     (tmp_path / 'prototype_notes.txt').unlink()
     assert earlier - {path.name for path in tmp_path.glob('prototype_*.txt')}, 'some are gone'
@@ -158,7 +152,7 @@ def test_clusters_are_written(workdir, tmp_path, capsys):
 
 def test_knn_prints_every_k(workdir, capsys):
     argv = ('--workdir', workdir, '--limit', 300, '--k', 5, 50)
-    assert run(knn, *argv) == 0
+    assert run('knn', *argv) == 0
     printed = capsys.readouterr().out
     model = load(workdir)
     train, test = model.open('demo', limit=300), model.open('demo:test', limit=300)
@@ -166,7 +160,7 @@ def test_knn_prints_every_k(workdir, capsys):
     for k in (5, 50):
         top1 = knn.accuracy(x, train.labels, y, test.labels, k=k, temperature=0.07)
         assert f'k = {k:<4} top-1 {top1:.2f}%' in printed
-    assert run(knn, '--workdir', workdir, '--limit', 300, '--k', 301) == 2
+    assert run('knn', '--workdir', workdir, '--limit', 300, '--k', 301) == 2
     assert 'k=301 neighbours cannot be found among 300' in capsys.readouterr().err
 
 
@@ -278,12 +272,12 @@ def test_learning_rates_follow_the_recipe():
 
 def test_the_probe_is_reported(workdir, tmp_path, capsys):
     argv = ('--workdir', workdir, '--limit=64', '--epochs=1', '--crop_scale', 'none')
-    assert run(linear, *argv, '--out', tmp_path) == 0
+    assert run('linear', *argv, '--out', tmp_path) == 0
     result = json.loads((tmp_path / 'result.json').read_text())
     assert f'top-1 {result["top1"]:.2f}%' in capsys.readouterr().out
     assert result['recipe']['epochs'] == 1
     assert result['recipe']['learning_rate'] == 0.3
-    assert run(linear, *argv, '--preset=logistic', '--out', tmp_path / 'best') == 0
+    assert run('linear', *argv, '--preset=logistic', '--out', tmp_path / 'best') == 0
     assert json.loads((tmp_path / 'best' / 'result.json').read_text())['c'] == 1
 
 
@@ -329,7 +323,7 @@ def test_the_users_mistakes(workdir, tmp_path, capsys, argv, message):
     Image.new('L', (28, 28)).save(tmp_path / 'a.png')
     places = {'run': workdir, 'none': tmp_path / 'none', 'flat': f'folder:{tmp_path}'}
     argv = [part.format(**places) for part in argv]
-    code = run(linear, *argv, '--limit=64', '--out', tmp_path / 'out')
+    code = run('linear', *argv, '--limit=64', '--out', tmp_path / 'out')
     error = capsys.readouterr().err.strip()
     assert (code, error.count('\n')) == (2, 0)
     assert message.format(**places) in error

@@ -6,7 +6,7 @@ from commands import call
 from processes import TINY
 from small_run import write_run
 
-from swav_jax import cli, export
+from swav_jax import cli, commands, export
 from swav_jax.evaluate import command
 from swav_jax.evaluate.model import load
 
@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 
 
 def loaded(*flags):
-    return command.load(command.parser('').parse(flags))
+    return command.load(commands.parse('knn', flags))
 
 
 def dtype(model):

@@ -13,7 +13,7 @@ from PIL import Image
 from test_models import model_config, shapes, zeros
 from test_torch_weights import SMALL_HEAD, assert_same, load
 
-from swav_jax import config, export, models, torch_weights
+from swav_jax import commands, config, export, models, torch_weights
 from swav_jax.errors import UserError
 from swav_jax.evaluate import knn
 from swav_jax.runs.checkpoint import Checkpoints
@@ -56,7 +56,7 @@ def test_export_of_the_newest_step(run, layout, file_format, tmp_path, capsys):
     workdir, _, variables = run
     out = tmp_path / 'new folder' / f'weights.{file_format}'
     arguments = ['--workdir', workdir, '--out', out, '--layout', layout, '--format', file_format]
-    assert export.main([str(argument) for argument in arguments]) == 0
+    assert commands.main(['export', *map(str, arguments)]) == 0
     assert f'trunk, head and prototypes of step 20, 130 tensors, layout {layout}' in (
         capsys.readouterr().out
     )
@@ -83,15 +83,17 @@ def test_a_run_starts_from_another(run):
 def test_mistakes_are_one_line_and_nothing_is_written(run, tmp_path, capsys):
     workdir, out = str(run[0]), tmp_path / 'a.pth'
     for arguments, message in (
-        (['--workdir', str(tmp_path)], 'is not the folder of a run: it has no checkpoints/'),
+        (['--workdir', str(tmp_path)], 'holds no checkpoints: name the folder of a run'),
         (['--workdir', workdir, '--step', '7'], 'does not hold a checkpoint of step 7'),
     ):
-        assert export.main([*arguments, '--out', str(out)]) == 2
+        assert commands.main(['export', *arguments, '--out', str(out)]) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count('\n') == 1
     assert not list(tmp_path.iterdir())
-    assert export.main(['--workdir', workdir, '--out', str(out), '--layout', 'timm']) == 2
+    assert (
+        commands.main(['export', '--workdir', workdir, '--out', str(out), '--layout', 'timm']) == 2
+    )
     assert "--layout: invalid choice: 'timm'" in capsys.readouterr().err
     with pytest.raises(UserError, match='does not hold checkpoints'):
         torch_weights.read(tmp_path)

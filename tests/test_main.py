@@ -139,21 +139,6 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
     assert message in error
 
 
-def test_a_config_that_fails_is_named_with_its_line(tmp_path, capsys):
-    broken = tmp_path / 'broken.py'
-    for text, message in (
-        ('def get_config():\n    return (1\n', 'line 2'),
-        (
-            'from swav_jax import config\n\n\ndef get_config():\n    c = config.default()\n'
-            '    c.loss.temprature = 1\n    return c\n',
-            'line 6: AttributeError: Key "temprature"',
-        ),
-    ):
-        broken.write_text(text)
-        assert main([f'--config={broken}', f'--workdir={tmp_path}']) == 2
-        assert message in capsys.readouterr().err
-
-
 def test_a_workdir_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     (tmp_path / 'file').write_text('')

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from processes import ROOT, environment, rows, run
 
-from swav_jax.commands import replay
+from swav_jax import commands
 from swav_jax.data import pipeline
 
 COUNT, BAD, BATCH = 32, 13, 4
@@ -160,7 +160,7 @@ def replay_each(folder, copied, source):
         damage(dump)
         error = io.StringIO()
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
-            code = replay.main([str(dump)])
+            code = commands.main(['replay', str(dump)])
         said[name] = code, error.getvalue()
         shutil.rmtree(dump)
         shutil.copytree(source, copied, dirs_exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, command, environment, rows
 
+from swav_jax import commands
 from swav_jax.commands import preview
 
 FULL = Path('/dev/full')
@@ -43,7 +44,7 @@ def test_a_full_device_is_said():
 @needs_full
 def test_a_picture_on_a_full_disk_is_refused(tmp_path, capsys, monkeypatch):
     argv = [f'--config={ROOT}/configs/demo.py', '--images=1']
-    assert preview.main([*argv, f'--output={FULL}']) == 2
+    assert commands.main(['preview', *argv, f'--output={FULL}']) == 2
     assert f'--output={FULL}' in capsys.readouterr().err
     (tmp_path / 'sheet.png').write_text('before')
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -55,7 +56,7 @@ def test_a_picture_on_a_full_disk_is_refused(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(preview, 'contact_sheet', sheet_and_limit)
     try:
-        code = preview.main([*argv, f'--output={tmp_path}/sheet.png'])
+        code = commands.main(['preview', *argv, f'--output={tmp_path}/sheet.png'])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err

@@ -5,6 +5,7 @@ import os
 import numpy as np
 from PIL import Image
 
+from swav_jax import commands
 from swav_jax import config as settings
 from swav_jax.commands import preview
 
@@ -65,6 +66,6 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         ([f'--config={config}', '--config.data.source=folder:/no/such'], '/no/such'),
         ([f'--config={config}', '--config.data.sauce=demo'], 'config.data.sauce'),
     ):
-        assert preview.main(arguments) == 2
+        assert commands.main(['preview', *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith('error: ') and error.count('\n') == 1 and part in error

@@ -17,13 +17,13 @@ import swav_jax
 from swav_jax import cli, export, main, models, torch_weights, training
 from swav_jax import config as settings
 from swav_jax.commands import replay, traced
+from swav_jax.config import saved as saved_settings
 from swav_jax.config import trunks
 from swav_jax.config.file import load_config, override
 from swav_jax.config.kinds import whole
 from swav_jax.errors import RunFailedError, UserError
 from swav_jax.evaluate import classifier
 from swav_jax.evaluate.classifier import Recipe
-from swav_jax.evaluate.model import restore_config
 from swav_jax.models.trunk import Trunk
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.runs.resume import check_config
@@ -212,7 +212,7 @@ def test_settings_of_earlier_versions_are_read_and_compared(flat, section):
     saved = settings.to_dict(config)
     saved['model']['trunk'] = flat
     saved = json.loads(json.dumps(saved))
-    restored = restore_config(saved)
+    restored = saved_settings.restore(saved)
     assert settings.to_dict(restored) == settings.to_dict(config)
     settings.validate(restored)
 
@@ -228,7 +228,7 @@ def test_settings_of_another_version_are_refused(trunk):
     saved = settings.to_dict(settings.default())
     saved['model']['trunk'] = trunk
     with pytest.raises(UserError):
-        restore_config(saved)
+        saved_settings.restore(saved)
 
 
 def test_a_run_of_an_earlier_version_is_loaded_and_exported(tmp_path):

@@ -1,4 +1,4 @@
-"""`--plan`: what a run will take and what it will meet, before anything is spent."""
+"""`--plan`: the cost of a run, and warnings, before anything is spent."""
 
 import dataclasses
 import math
@@ -19,22 +19,22 @@ from swav_jax.state import TrainState, make_schedule, make_state
 from swav_jax.step import make_train_step
 
 IMAGENET = 1_281_167  # images of the training set
-# JPEGs of 500×375 that one core decodes onto a canvas of 512² in a second, with the boxes.
+# JPEGs of 500×375 that a core decodes onto a canvas of 512² per second, boxes included.
 DECODED_PER_CORE = 750
-DEVICES_PER_PROCESS = 8  # what group_size=-1 means for a plan of more devices than here are
-IMAGES_PER_PROTOTYPE = 20  # fewer are hardly a cluster
+DEVICES_PER_PROCESS = 8  # for group_size=-1, if the plan is for more devices than there are here
+IMAGES_PER_PROTOTYPE = 20  # fewer hardly make a cluster
 CURVE = (60, 8)  # columns and rows of the plot
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """One device's share of a step, in bytes but for `flops`."""
+    """One device's share of a step, in bytes except `flops` and `num_params`."""
 
     params: int
     num_params: int
     opt_state: int
     gradients: int
-    gathered: int  # the whole parameters, where each device keeps only a slice
+    gathered: int  # the whole parameters, if each device keeps only a slice
     kept: int  # of the forward pass, for the backward pass
     batch: int  # canvases and crops
     method: dict[str, int]  # its state, by part
@@ -43,13 +43,13 @@ class Cost:
 
     @property
     def memory(self) -> int:
-        """All of it, without what kernels need for a moment."""
+        """The sum, without the scratch memory of kernels."""
         parts = (self.params, self.opt_state, self.gradients, self.gathered, self.kept)
         return sum(parts) + self.batch + sum(self.method.values())
 
 
 def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
-    """Print the plan of a run on `replicas` devices (0: those that are here).
+    """Print the plan of a run on `replicas` devices (0: those of this machine).
 
     Raises:
       UserError: a setting cannot work.
@@ -57,7 +57,7 @@ def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
     settings.validate(config)
     methods.make(config).check()
     replicas = replicas or jax.device_count()
-    num_images, said = count_images(config)
+    num_images, notes = count_images(config)
     local = min(replicas, DEVICES_PER_PROCESS)
     mesh = AbstractMesh(meshes.mesh_shape(config.model.sync_bn, replicas, local), meshes.AXES)
     sizes = settings.sizes(config, num_images=num_images, num_replicas=replicas)
@@ -73,16 +73,13 @@ def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
         print(f'{label:<22}{text}')
     print(f'\nlearning rate over {sizes.total_steps:,} steps, up to {rates.max():.4g}')
     print('\n'.join(draw(rates, *CURVE)))
-    warnings = list(said) + list(warn(config, sizes, schedule))
+    warnings = [f'warning: {text}' for text in (*notes, *warn(config, sizes, schedule))]
     print()
-    for text in warnings:
-        print(f'warning: {text}')
-    if not warnings:
-        print('nothing to warn of')
+    print('\n'.join(warnings or ['nothing to warn of']))
 
 
 def count_images(config: ConfigDict) -> tuple[int, list[str]]:
-    """Images of the source; ImageNet's number, with a word on it, where the source is not here."""
+    """The number of images; ImageNet's, with a note, if the source cannot be opened."""
     name, limit = config.data.source, config.data.limit
     try:
         source = sources.open_source(name, limit=limit, channels=config.data.channels)
@@ -97,7 +94,7 @@ def count_images(config: ConfigDict) -> tuple[int, list[str]]:
 def cost(
     config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: AbstractMesh
 ) -> Cost:
-    """One device's share of a step, from the traced step and the state's layout."""
+    """Count one device's share of a step, from the traced step and the state's layout."""
     made = {}
 
     def initial() -> TrainState:
@@ -139,7 +136,7 @@ def describe(
     found: Cost,
     images_per_second: float,
 ) -> Iterator[tuple[str, str]]:
-    """Labels and what stands behind them."""
+    """Yield labels and texts."""
     per_replica = config.data.batchsize_per_replica
     groups, members = mesh.shape.values()
     yield 'batch', f'{sizes.num_replicas} replicas × {per_replica} = {sizes.batch_size:,} images'
@@ -178,7 +175,7 @@ def describe(
 
 
 def warn(config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule) -> Iterator[str]:
-    """What will probably go wrong, and what helps."""
+    """Yield what will probably go wrong, and what helps."""
     yield from methods.make(config).warnings(sizes)
     prototypes = max(config.model.head.num_clusters)
     if sizes.num_images < IMAGES_PER_PROTOTYPE * prototypes:
@@ -209,7 +206,7 @@ def warn(config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule) ->
 
 
 def draw(values: np.ndarray, columns: int, rows: int) -> Iterator[str]:
-    """Lines of a plot of non-negative values in blocks of eighths."""
+    """Yield the lines of a plot of non-negative values, in steps of an eighth of a line."""
     blocks = ' ▁▂▃▄▅▆▇█'
     heights = np.ceil(values / max(values.max(), 1e-30) * rows * 8).astype(int)
     for row in reversed(range(rows)):

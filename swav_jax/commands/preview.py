@@ -1,65 +1,44 @@
-r"""What the network sees: a picture of images, the boxes of their crops, and the finished crops.
+r"""What the network sees: a picture of some images, the boxes of their crops, and the crops.
 
     python -m swav_jax.commands.preview --config FILE [--config.SETTING=VALUE ...] \
         [--output preview.png] [--images 6]
 
-One row an image. On the left the image as it was decoded, with a box for each crop; on the right
-the crops as the network gets them, in the order of the boxes, their normalisation undone. These
-are the crops of the first images of a run with this config, to the pixel.
+Each row shows an image: on the left as it was decoded, with a box for each crop; on the right the
+crops in the order of the boxes, as the network sees them but not normalised. These are, to the
+pixel, the crops of the first images of a run with this config.
 """
 
-if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+if __name__ == '__main__':  # before the imports, so that mistakes are reported without them
     from swav_jax import commands
 
     commands.run('preview')
 
 import argparse
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 
-from swav_jax import atomic, augment, cli, methods
+from swav_jax import atomic, methods
 from swav_jax import config as settings
 from swav_jax.data import pipeline, sources
 from swav_jax.errors import UserError
-from swav_jax.evaluate import figures
+from swav_jax.evaluate import figures, gallery
 from swav_jax.terminal import printable
 
 
-def main(argv: Sequence[str]) -> int:
-    """Draw what the command line names; returns the exit code."""
-    return cli.run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> None:
-    parser = cli.Parser(__doc__, changes=True)
-    parser.add_argument('--config', required=True, help='file of settings, as configs/demo.py')
-    parser.add_argument('--output', type=_picture, default=Path('preview.png'))
-    parser.add_argument('--images', type=cli.integer(1, 1000), default=6)
-    found = parser.parse(argv)
-    draw(cli.read_config(found.config, found.changes), found.output, found.images)
-    print(found.output)
-
-
-def _picture(text: str) -> Path:
-    """A file that a figure can be written to; a PNG where its name has no ending."""
-    path = cli.new_file(text)
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix and path.suffix[1:].lower() not in known:
-        raise argparse.ArgumentTypeError(f'={text}: must end in one of .{", .".join(known)}')
-    return path
+def run(flags: argparse.Namespace) -> None:
+    """Draw the picture."""
+    draw(flags.config, flags.output, flags.images)
+    print(flags.output)
 
 
 def draw(config: ConfigDict, path: Path, images: int) -> None:
-    """Write the picture of the first `images` images of a run to `path`, whole or not at all.
+    """Draw the first `images` images of a run into the file `path`.
 
     Raises:
       UserError: a setting or the data cannot work, or `path` cannot be written.
@@ -68,20 +47,7 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
     methods.make(config).check()
     data = config.data
     source = sources.open_source(data.source, limit=data.limit, channels=data.channels)
-    images = min(images, len(source))
-    batches = pipeline.train_batches(
-        source, data, seed=config.seed, global_batch=images, first_step=0
-    )
-    batch = next(batches)
-    render = functools.partial(
-        augment.multi_crop, seed=config.seed, data=data, augment=config.augment
-    )
-    groups = jax.jit(render)(batch)
-    crops = [
-        np.asarray(crop)
-        for group, count in zip(groups, data.num_crops, strict=True)
-        for crop in group.reshape(count, images, *group.shape[1:])
-    ]
+    batch, crops = gallery.first_crops(source, config, images=min(images, len(source)))
     titles = [
         f'{size}×{size}\n{low:.0%} – {high:.0%} of the area'
         for size, count, (low, high) in zip(
@@ -105,7 +71,7 @@ def contact_sheet(
     titles: Sequence[str],
     data: ConfigDict,
 ) -> Figure:
-    """One row for each image of the batch; `crops` holds (rows, size, size, channels) for each."""
+    """Draw a row per image of the batch; `crops` holds a (rows, size, size, channels) each."""
     rows, columns = len(batch['image']), len(crops) + 1
     colours = [colormaps['tab10'](i % 10) for i in range(len(crops))]
     figure = Figure(figsize=(1.5 * columns + 1, 1.6 * rows + 0.5), layout='constrained')
@@ -134,6 +100,6 @@ def contact_sheet(
 
 
 def viewable(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) in [0, 1]; of images with other than three channels the first, in gray."""
+    """An image as (H, W, 3) in [0, 1]; if it has not three channels, the first one in gray."""
     image = image.clip(0, 1)
     return image if image.shape[-1] == 3 else image[..., :1].repeat(3, -1)

@@ -1,32 +1,33 @@
-"""Make a step again that was not finite.
+"""Run a step that was not finite again.
 
     python -m swav_jax.commands.replay RUN/nan_dump
 
-It reads the state and the settings from the dump and the images from where they were, makes the one
-step, and tells which numbers are not finite. Exit codes: 3 the step is not finite again, 0 it is
-finite now, 2 something to mend. Run it on as many devices as the run had for the very same numbers.
+The state and the settings are read from the dump, the images from where they were. The step is run
+once, and arrays with numbers that are not finite are listed. Exit codes: 3 the step is not finite
+again; 0 it is finite now; 2 a mistake that you can fix. The numbers are exactly the same on as many
+devices as the run had.
 """
 
-if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+if __name__ == '__main__':  # before the imports, so that mistakes are reported without them
     from swav_jax import commands
 
     commands.run('replay')
 
+import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from swav_jax import cli, methods
 from swav_jax import config as settings
+from swav_jax import methods
+from swav_jax.config import saved
 from swav_jax.data import pipeline, sources
 from swav_jax.data.images import Source
 from swav_jax.data.regular import open_regular
 from swav_jax.errors import UserError
-from swav_jax.evaluate.model import restore_config
 from swav_jax.parallel import mesh as meshes
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.runs.digest import named
@@ -35,17 +36,28 @@ from swav_jax.step import make_train_step
 from swav_jax.terminal import printable
 
 
+def run(flags: argparse.Namespace) -> int:
+    """Replay a dump and print what is not finite; returns the exit code."""
+    metrics = replay(flags.folder)
+    for name in ('loss', 'grad_norm', 'update_norm'):
+        print(f'{name} {metrics[name]}')
+    for name, count in not_finite(read_arrays(flags.folder)).items():
+        print(f'in the run: {count} numbers of {printable(name)} were not finite')
+    print('the step is finite' if metrics['finite'] else 'the step is not finite, as in the run')
+    return 0 if metrics['finite'] else 3
+
+
 def replay(folder: Path) -> dict[str, float]:
-    """Make the step of a dump again; returns its metrics, `finite` among them.
+    """Run the step of a dump again; returns its metrics, `finite` among them.
 
     Raises:
-      UserError: the folder holds no dump, or one that is damaged or was edited; the images are gone
-        or others; the devices are others.
+      UserError: the dump is damaged or was edited, its images are gone or have changed, or there
+        are other devices.
     """
     checkpoints = Checkpoints(folder / 'state')
     about = _read_about(folder, checkpoints)
     arrays = read_arrays(folder)
-    config = restore_config(about['config'])
+    config = saved.restore(about['config'])
     settings.validate(config)
     methods.make(config).check()
     mesh = meshes.make_mesh(config.model.sync_bn)
@@ -80,10 +92,8 @@ def replay(folder: Path) -> dict[str, float]:
 
 
 def _read_about(folder: Path, checkpoints: Checkpoints) -> dict[str, Any]:
-    """What about.json says, which has to be what the checkpoint beside it says."""
+    """Read about.json, whose content has to be that of the checkpoint beside it."""
     path = folder / 'about.json'
-    if not path.is_file():
-        raise UserError(f'{printable(folder)} holds no dump: name the nan_dump of a run')
     newest = checkpoints.latest_step()
     if newest is None:
         raise UserError(f'{printable(folder)}/state holds no checkpoint: the dump is not whole')
@@ -93,14 +103,12 @@ def _read_about(folder: Path, checkpoints: Checkpoints) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if found != about:
-        names = about.keys() | (found.keys() if isinstance(found, dict) else set())
+        found = found if isinstance(found, dict) else {}
+        missing = object()
         changed = sorted(
             name
-            for name in names
-            if not isinstance(found, dict)
-            or name not in found
-            or name not in about
-            or found[name] != about[name]
+            for name in about.keys() | found.keys()
+            if found.get(name, missing) != about.get(name, missing)
         )
         raise UserError(
             f'{printable(path)} is not what the run wrote ({printable(", ".join(changed))}): take '
@@ -112,12 +120,12 @@ def _read_about(folder: Path, checkpoints: Checkpoints) -> dict[str, Any]:
     except (KeyError, TypeError):
         sound = False
     if not sound:
-        raise UserError(f'{printable(path)} does not say what is replayed: take another dump')
+        raise UserError(f'{printable(path)} does not describe a step: use another dump')
     return about
 
 
 def read_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """What the step computed in the run.
+    """Read what the step computed in the run.
 
     Raises:
       UserError: arrays.npz is missing or damaged.
@@ -132,7 +140,7 @@ def read_arrays(folder: Path) -> dict[str, np.ndarray]:
         reason = 'it holds other arrays'
     except OSError as error:
         reason = error.strerror or str(error)
-    except Exception as error:  # a damaged file fails in as many ways as it has bytes
+    except Exception as error:  # a damaged file can fail in any way
         reason = str(error) or type(error).__name__
     reason = printable(reason.partition('\n')[0])
     raise UserError(f'{printable(path)} cannot be read ({reason}): the dump is not whole')
@@ -164,27 +172,9 @@ def _check_images(
 
 
 def not_finite(tree: Any) -> dict[str, int]:
-    """How many numbers of each array are not finite, where there are any."""
+    """Count the numbers that are not finite in each array that has some."""
     counts = {
         name: int(np.size(x) - np.isfinite(np.asarray(x, np.float64)).sum())
         for name, x in named(tree).items()
     }
     return {name: count for name, count in counts.items() if count}
-
-
-def main(argv: Sequence[str]) -> int:
-    """Replay the dump that the command line names; returns the exit code."""
-    return cli.run(_main, argv)
-
-
-def _main(argv: Sequence[str]) -> int:
-    parser = cli.Parser(__doc__)
-    parser.add_argument('folder', type=cli.path, help='nan_dump of a run')
-    folder = parser.parse(argv).folder
-    metrics = replay(folder)
-    for name in ('loss', 'grad_norm', 'update_norm'):
-        print(f'{name} {metrics[name]}')
-    for name, count in not_finite(read_arrays(folder)).items():
-        print(f'in the run: {count} numbers of {printable(name)} were not finite')
-    print('the step is finite' if metrics['finite'] else 'the step is not finite, as in the run')
-    return 0 if metrics['finite'] else 3

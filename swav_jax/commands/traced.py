@@ -1,4 +1,4 @@
-"""What a step costs, read from its trace: nothing is compiled or allocated."""
+"""The cost of a step, counted in its trace: nothing is compiled or allocated."""
 
 import math
 from collections import Counter
@@ -34,9 +34,9 @@ def batch_shapes(config: ConfigDict, batch_size: int) -> dict[str, jax.ShapeDtyp
 
 
 def cost(function: Callable, *args: Any) -> Counter:
-    """`flops` of convolutions and matrix products and `bytes_sent` of a function's trace.
+    """Count `flops` of convolutions and matrix products, and `bytes_sent`, in a function's trace.
 
-    Of what runs inside `shard_map` it is one device's share. A product of n numbers is 2n FLOPs.
+    Inside `shard_map` this is one device's share. A multiplication with an addition is 2 FLOPs.
     """
     return _cost(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -52,7 +52,7 @@ def _cost(jaxpr: Jaxpr) -> Counter:
         elif name in COLLECTIVES:
             total['bytes_sent'] += sum(_bytes(x.aval) for x in equation.invars)
         inner = [_cost(j) for j in _inner(equation.params)]
-        if name == 'cond':  # by platform; the last branch is what all but the CPU run
+        if name == 'cond':  # by platform; all but the CPU run the last branch
             inner = inner[-1:]
         for counted in inner:
             repeats = equation.params['length'] if name == 'scan' else 1
@@ -61,7 +61,7 @@ def _cost(jaxpr: Jaxpr) -> Counter:
 
 
 def _inner(params: dict[str, Any]) -> list[Jaxpr]:
-    """The programs inside of an equation; of a function with its own gradient, the function's."""
+    """The programs inside an equation; of a function with a custom gradient, the function's."""
     found = []
     for value in params.values():
         for part in value if isinstance(value, (tuple, list)) else [value]:
@@ -81,16 +81,16 @@ def _product_flops(equation: Any) -> int:
 def _convolution_flops(equation: Any) -> int:
     kernel, spec = equation.invars[1].aval.shape, equation.params['dimension_numbers'].rhs_spec
     per_output = math.prod(kernel) // kernel[spec[0]]
-    # Zeros that dilation puts between the numbers are not multiplied.
+    # The zeros that dilation inserts are not multiplied.
     dilation = math.prod(equation.params['lhs_dilation'])
     return 2 * equation.outvars[0].aval.size * per_output // dilation
 
 
 def kept_bytes(config: ConfigDict) -> int:
-    """Bytes that one device's backward pass keeps of its forward pass, parameters not counted.
+    """Bytes that a device's forward pass keeps for the backward pass, without parameters.
 
-    JAX's residuals of the network and its passes at `batchsize_per_replica`. XLA may keep less,
-    where it computes again what is cheap.
+    These are JAX's residuals at `batchsize_per_replica`. XLA may keep less and compute cheap ones
+    again.
     """
     dtype = jnp.dtype(config.precision)
     net = models.build(config.model, channels=config.data.channels, dtype=dtype)
@@ -120,7 +120,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def share_bytes(tree: Any, shardings: Any) -> int:
-    """Bytes of one device's share of all arrays of a tree, laid out by a tree of shardings."""
+    """Bytes of one device's share of all arrays of a tree, given a tree of shardings."""
     shapes = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(sharding.shard_shape(x.shape), x.dtype),
         tree,

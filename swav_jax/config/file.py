@@ -1,7 +1,7 @@
-"""Config files, and the settings that a command line changes in them.
+"""Config files, and changes of settings on a command line.
 
-A file is the user's own Python: its `get_config` returns the settings, and whatever it does instead
-is one line.
+A config file is the user's own Python: its `get_config` returns the settings. If it fails in any
+way, that is reported in one line.
 """
 
 import ast
@@ -27,10 +27,10 @@ BOOLEANS |= dict.fromkeys(('false', 'f', 'no', 'n', '0'), False)
 
 
 def load_config(spec: str) -> ConfigDict:
-    """The settings that a file's `get_config` returns; `spec` is FILE or FILE:WORDS.
+    """Call the `get_config` of a file; `spec` is FILE or FILE:WORDS.
 
     Raises:
-      UserError: there is no such file, it fails, or what it returns are not the settings.
+      UserError: there is no such file, it fails, or it returns something else than the settings.
     """
     file, words = _split_spec(spec)
     try:
@@ -46,7 +46,7 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def _split_spec(spec: str) -> tuple[Path, str]:
-    """File and words of FILE[:WORDS]; a file's own name may have colons, too."""
+    """Split FILE[:WORDS]; the name of the file may contain colons."""
     if not spec:
         raise UserError('--config= names no file: see configs/ for some')
     ends = [i for i, c in enumerate(spec) if c == ':'] + [len(spec)]
@@ -64,9 +64,9 @@ def _split_spec(spec: str) -> tuple[Path, str]:
 
 
 def _arguments(get_config: Callable[..., Any], words: str) -> list[str]:
-    """What to call `get_config` with: it may take words, may do without, or both."""
+    """The arguments of `get_config`, which may require words, accept them or take none."""
     if not callable(get_config):
-        raise UserError('--config: the file has no function get_config, which returns settings')
+        raise UserError('--config: the file has no function get_config that returns the settings')
     takes = [len(given) for given in ((), ('',)) if _binds(get_config, given)]
     if words and 1 not in takes:
         raise UserError(f'--config: {words!r} after the colon: this file takes no words there')
@@ -78,15 +78,15 @@ def _binds(function: Callable[..., Any], given: tuple[str, ...]) -> bool:
         inspect.signature(function).bind(*given)
     except TypeError:
         return False
-    except ValueError:  # a builtin does not say
+    except ValueError:  # a builtin without a signature
         pass
     return True
 
 
 def _check_whole(value: Any, default: Any, name: str, above: tuple[int, ...]) -> None:
-    """Refuse settings that are no tree, or have other names than the defaults.
+    """Refuse settings that are no tree, or whose names are not those of the defaults.
 
-    A trunk and a schedule of the learning rate have names of their own, which are checked later.
+    The names in a trunk and in a schedule of the learning rate are checked later.
     """
     if id(value) in above:
         raise UserError(f'--config: {name} holds itself')
@@ -109,13 +109,13 @@ def _check_whole(value: Any, default: Any, name: str, above: tuple[int, ...]) ->
 
 
 def _where(error: BaseException, file: Path) -> str:
-    """One line that says what failed in a config file, and where."""
+    """One line on what failed in a config file, and where."""
     if isinstance(error, SyntaxError) and error.lineno:
         text = (error.text or '').strip()[:100]
         return f'{error.filename}, line {error.lineno}: {error.msg}: {text}'
     frames = traceback.extract_tb(error.__traceback__)
     line = next((f', line {f.lineno}' for f in reversed(frames) if f.filename == str(file)), '')
-    with contextlib.suppress(Exception):  # its text may fail, too
+    with contextlib.suppress(Exception):  # in its __str__, too
         text = str(error).partition(' Other fields')[0]
         if text.startswith(("'", '"')):  # a KeyError's quotes
             text = text.strip('\'"')
@@ -124,16 +124,16 @@ def _where(error: BaseException, file: Path) -> str:
 
 
 def override(config: ConfigDict, changes: Sequence[tuple[str, str | None]]) -> ConfigDict:
-    """Set `config.a.b` or `config.a.b[0]` to what a text says, in the type that the setting has.
+    """Set `config.a.b` or `config.a.b[0]` to the value of a text, in the type of the setting.
 
     A new name of the trunk counts first, because the other settings of the trunk depend on it.
 
     Args:
-      config: is changed, and returned.
-      changes: names and texts, as ('config.loss.epsilon', '0.03'). None sets a boolean to True.
+      config: the settings, which are changed in place and returned.
+      changes: names and texts, like ('config.loss.epsilon', '0.03'). None sets a boolean to True.
 
     Raises:
-      UserError: a setting is not known, or does not take its value.
+      UserError: a setting is unknown, or does not accept its value.
     """
     names = [text for name, text in changes if name == 'config.model.trunk.name' and text]
     if names and names[-1] != config.model.trunk.name:
@@ -157,7 +157,7 @@ class _UnknownError(Exception):
 
 
 def _changed(value: Any, steps: Sequence[str], text: str | None) -> Any:
-    """What `value` becomes: sections change in place, tuples are made anew."""
+    """Change a value, a section in place; returns the new value."""
     if not steps:
         return _parsed(text, value)
     step, *others = steps
@@ -177,11 +177,11 @@ def _changed(value: Any, steps: Sequence[str], text: str | None) -> Any:
 
 
 def _parsed(text: str | None, default: Any) -> Any:
-    """The value that a text stands for, in the type of the default."""
+    """The value of a text, in the type of the default."""
     if isinstance(default, ConfigDict):
         raise ValueError(f'is a section: set one of {", ".join(default)} in it')
     if text is None and not isinstance(default, bool):
-        raise ValueError('has no value: put one behind =')
+        raise ValueError('has no value: write one after =')
     if isinstance(default, str):
         return text
     if isinstance(default, bool):
@@ -191,7 +191,7 @@ def _parsed(text: str | None, default: Any) -> Any:
     try:
         if isinstance(default, (int, float)):
             return type(default)(text)
-        value = _tuples(ast.literal_eval(text))
+        value = tuples(ast.literal_eval(text))
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError, OverflowError):
         first = default[0] if isinstance(default, tuple) and default else 0
         if isinstance(first, str) and re.fullmatch(r'[(\[]?\w+(,\s*\w+)*,?[)\]]?', text):
@@ -202,12 +202,15 @@ def _parsed(text: str | None, default: Any) -> Any:
     return (value,) if isinstance(default, tuple) and not isinstance(value, tuple) else value
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (tuple, list)) else value
+def tuples(value: Any) -> Any:
+    """A value whose lists, at any depth, are tuples."""
+    if isinstance(value, dict):
+        return {key: tuples(x) for key, x in value.items()}
+    return tuple(map(tuples, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _names(value: Any, name: str) -> Iterator[str]:
-    """The names of all settings in a value."""
+    """Yield the names of all settings in a value."""
     if isinstance(value, ConfigDict):
         for key in value:
             yield from _names(value[key], f'{name}.{key}')

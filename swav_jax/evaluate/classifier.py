@@ -19,8 +19,7 @@ from swav_jax.data import pipeline
 from swav_jax.data.bad_images import BadImages
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate import labelled
-from swav_jax.evaluate.extraction import check, extract
+from swav_jax.evaluate import command, labelled
 from swav_jax.evaluate.model import Model
 from swav_jax.models.norm import BatchNorm
 from swav_jax.parallel import mesh as meshes
@@ -28,25 +27,25 @@ from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.terminal import printable
 
 Tree = dict[str, Any]
-Batches = Iterator[dict[str, np.ndarray]]  # `label`, `weight` (B,) and what `Look` wants
+Batches = Iterator[dict[str, np.ndarray]]  # `label`, `weight` (B,) and the input of `Look`
 Look = Callable[[models.SwAVNet, dict[str, jax.Array], bool], jax.Array]  # features of a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """SGD with momentum 0.9, whose learning rates are set once an epoch.
+    """SGD with momentum 0.9; learning rates change once an epoch.
 
     Attributes:
-      epochs: passes over the images; what does not fill a batch at the end of one is left out.
-      learning_rate: the classifier's at first, for 256 images a step.
-      trunk_learning_rate: the trunk's, likewise; 0 freezes the trunk, in eval mode.
-      milestones: epochs after which learning rates are multiplied by `gamma`; without any they
+      epochs: passes over the images; an incomplete last batch is left out.
+      learning_rate: initial one of the classifier, for 256 images a step.
+      trunk_learning_rate: the same for the trunk; 0 freezes it, in eval mode.
+      milestones: epochs after which learning rates are multiplied by `gamma`; if empty, they
         follow half a cosine down to 0.
       gamma: see `milestones`.
       weight_decay: of the linear layer.
-      nesterov: the form of the momentum.
+      nesterov: whether the momentum is Nesterov's.
       batch_norm: whether to normalise the features first.
-      batch_size: images a step; all there are if they are fewer.
+      batch_size: images per step, at most all of them.
     """
 
     epochs: int
@@ -60,7 +59,7 @@ class Recipe:
     batch_size: int = 256
 
     def factor(self, epoch: jax.Array) -> jax.Array:
-        """What learning rates are multiplied by in an epoch, counted from 0."""
+        """The factor of learning rates in an epoch, counted from 0."""
         if self.milestones:
             return self.gamma ** jnp.sum(epoch >= jnp.array(self.milestones))
         return (1 + jnp.cos(jnp.pi * epoch / self.epochs)) / 2
@@ -74,7 +73,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """In eval mode BatchNorm uses its running statistics."""
+        """Normalise the features, if so chosen, and apply the linear layer."""
         x = BatchNorm(name='bn')(x, train) if self.batch_norm else x
         small = nn.initializers.normal(0.01)
         return nn.Dense(self.num_classes, kernel_init=small, name='linear')(x)
@@ -90,24 +89,24 @@ def fit(
     crop_scale: tuple[float, float] | None = (0.08, 1.0),
     seed: int = 0,
 ) -> dict[str, float]:
-    """Train a classifier and test it; goes on where an interrupted call with the same `out` was.
+    """Train a classifier and test it; resumes an interrupted call with the same `out`.
 
     Args:
       model: the trunk.
       train: labelled images to learn from, seen as random resized crops, flipped half of the time.
-      test: labelled images to test on, seen as `config.evaluate` says. Classes are matched by name,
-        unless that is done: see `labelled.pair`.
-      recipe: how.
-      out: gets checkpoints, one an epoch, and a list of the images that cannot be read.
-      crop_scale: least and largest share of an image's area in a crop; None computes each image's
-        features once, of its centre, as `features` does. That needs a frozen trunk.
+      test: labelled images to test on, prepared according to `config.evaluate`. Classes are matched
+        by name, see `labelled.pair`.
+      recipe: the optimizer.
+      out: folder for a checkpoint per epoch and a list of the images that cannot be read.
+      crop_scale: least and largest share of an image's area in a crop; None computes the features
+        of each image's centre once, which needs a frozen trunk.
       seed: of the weights, the order and the crops.
 
     Returns:
       `top1` and `top5` in percent after the last epoch, and the `loss` of the last step.
 
     Raises:
-      UserError: `out` is another training's, the loss is not a number, the classes cannot be
+      UserError: `out` holds another training, the loss is not finite, the classes cannot be
         matched, or too many images cannot be read.
     """
     matched = labelled.pair(train, test)
@@ -150,7 +149,7 @@ def fit(
         for number in track(range(first + 1, last + 1), 'training', last, completed=first):
             batch = meshes.put_batch(mesh, next(batches))
             previous, (state, loss) = loss, step(state, trunk, batch)
-            jax.block_until_ready(previous)  # one step computes, one waits; more would hold memory
+            jax.block_until_ready(previous)  # one step runs, one waits; more would hold memory
             if number % steps_per_epoch == 0:
                 if not np.isfinite(loss):
                     raise UserError(f'the loss is {loss}: lower the learning rates')
@@ -160,7 +159,7 @@ def fit(
 
 
 def describe(model: Model, train: Source) -> dict[str, Any]:
-    """What a classifier is made from, as JSON has it; of two that differ some value does."""
+    """What a classifier is made from, for JSON: two that differ have different values."""
     data = settings.to_dict(model.config.data)
     return {
         'trunk_weights': model.digest(),
@@ -174,18 +173,17 @@ def describe(model: Model, train: Source) -> dict[str, Any]:
 
 
 def measure(model: Model, net: Classifier, state: Tree, test: Source) -> dict[str, float]:
-    """`accuracies` on `test` of a classifier, with the trunk that was trained with it, if any."""
+    """`accuracies` of a classifier on `test`, with the trunk that was fine-tuned, if it was."""
     state = jax.tree.map(np.asarray, state)
     trunk = _trunk_of(model.variables, state)
-    found = extract(model.net, trunk, test, model.config, has_head=False, progress=True)
-    labelled.say(check(found, test, model.config))
+    found = command.extract(dataclasses.replace(model, variables=trunk), test, has_head=False)
     variables = {kind: state[kind]['classifier'] for kind in ('params', 'batch_stats')}
     logits = jax.jit(lambda x: net.apply(variables, x, False))(found.trunk)
     return accuracies(np.asarray(logits)[found.readable], test.labels[found.readable])
 
 
 def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """`top1` and `top5` in percent: how often a label is among the largest logits (N, classes)."""
+    """`top1` and `top5` in percent: how often a label is among the largest logits (N, C)."""
     best = np.argsort(-logits, axis=1, kind='stable')[:, :5]
     hit = best == labels[:, None]
     return {'top1': float(100 * hit[:, 0].mean()), 'top5': float(100 * hit.any(1).mean())}
@@ -194,9 +192,8 @@ def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def _centres(
     model: Model, source: Source, batch_size: int, seed: int, _: None, first: int, out: Path
 ) -> tuple[Look, Batches]:
-    """Batches of features that are computed once, of the images' centres."""
-    found = model.extract(source, has_head=False, progress=True)
-    labelled.say(check(found, source, model.config))
+    """Batches of features of the images' centres, which are computed once."""
+    found = command.extract(model, source, has_head=False)
     weight = np.float32(found.readable)
     share = batch_size // jax.process_count()
     start = jax.process_index() * share
@@ -227,15 +224,10 @@ def _crops(
 ) -> tuple[Look, Batches]:
     """Batches of images, of which the network sees a random crop, flipped half of the time."""
     data = model.config.data.copy_and_resolve_references().unlock()
-    data.num_crops, data.size_crops, data.crop_scales = (
-        (1,),
-        (model.config.evaluate.size,),
-        (scale,),
-    )
+    data.update(num_crops=(1,), size_crops=(model.config.evaluate.size,), crop_scales=(scale,))
     flip = model.config.augment.copy_and_resolve_references()
-    out.mkdir(parents=True, exist_ok=True)
+    flip.update(flip_p=0.5, color_jitter_p=0.0, grayscale_p=0.0, blur_radius_max=0.0)
     bad = BadImages(source, out / 'bad_images.txt', data.max_bad_fraction)
-    flip.flip_p, flip.color_jitter_p, flip.grayscale_p, flip.blur_radius_max = 0.5, 0.0, 0.0, 0.0
 
     def batches():
         share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
@@ -243,7 +235,7 @@ def _crops(
             source, data, seed=seed, global_batch=batch_size, first_step=first, **share
         ):
             for name in bad.update(batch['index'], batch['weight']):
-                labelled.say([f'cannot be read, does not count: {name}'])
+                command.say([f'cannot be read, does not count: {name}'])
             if len(bad.names) == len(source):
                 raise UserError(f'none of {len(source):,} images can be read: see {bad.path}')
             yield batch | {'label': source.labels[batch['index']]}
@@ -258,7 +250,7 @@ def _crops(
 def _make_step(
     trunk_net: models.SwAVNet, net: Classifier, tx: optax.GradientTransformation, look: Look
 ) -> Callable[[Tree, Tree, Tree], tuple[Tree, jax.Array]]:
-    """A step: the state, the frozen trunk's variables and a batch → the next state and the loss."""
+    """A step: state, variables of the frozen trunk, batch → next state, loss."""
 
     def step(state, trunk, batch):
         finetune = 'trunk' in state['params']

@@ -1,32 +1,60 @@
-"""Prototypes as clusters: who belongs to which, and how well that fits labels nobody gave it.
+"""Prototypes as clusters: which image belongs to which, and how well that fits known labels.
 
     python -m swav_jax.evaluate.clusters --workdir RUN --source folder:/photos --out clusters
 
-writes clusters/assignments.csv, a line an image with its name, its nearest prototype and how
-likely that one is, clusters/soft.npy with the probability of each prototype (N, K), line by line,
-and a list of names for each prototype that has images, clusters/prototype_7.txt, nearest first.
-Images that cannot be read are left out. Control characters in names are escaped.
+writes clusters/assignments.csv, a line per image with its name, its nearest prototype and that
+one's probability; clusters/soft.npy with the probability of each prototype (N, K), in the order of
+these lines; and for each prototype that has images a list of their names, nearest first, in
+clusters/prototype_7.txt. Images that cannot be read are left out. Control characters in names are
+escaped.
 """
 
-if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+if __name__ == '__main__':  # before the imports, so that mistakes are reported without them
     from swav_jax import commands
 
     commands.run('clusters')
 
 import argparse
 import csv
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from swav_jax import cli
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate import command, extraction, labelled, outputs
+from swav_jax.evaluate import command, outputs
 from swav_jax.terminal import printable
 
 _WRITTEN = r'assignments\.csv|soft\.npy|prototype_(0|[1-9]\d*)\.txt'
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Assign images to prototypes and print how well that fits their labels."""
+    model = command.load(flags)
+    model.need_head()
+    heads = model.config.model.head.num_clusters
+    if not 0 <= flags.head < len(heads):
+        raise UserError(f'--head={flags.head} is not there: use 0 to {len(heads) - 1}')
+    out = outputs.folder(flags.out)
+    outputs.check(out, 'clusters', _WRITTEN, below=heads[flags.head])
+    source = command.open_source(model, flags.source or model.config.data.source, flags.limit)
+    found = command.extract(model, source)
+    scores, readable = found.scores[flags.head], found.readable
+    assignments = write(out, source, scores, model.config.loss.temperature, readable)
+    used = np.sort(sizes(assignments, scores.shape[1]))[::-1]
+    print(
+        f'{len(assignments):,} images, nearest to {np.count_nonzero(used)} of {len(used)} '
+        f'prototypes; largest {used[0]:,}, median {int(np.median(used)):,}'
+    )
+    if source.labels is not None:
+        labels = source.labels[readable]
+        known = labels >= 0
+        if not known.all():
+            command.say([f'{np.count_nonzero(~known):,} images without a label do not count'])
+        if known.any():
+            print(f'NMI {nmi(labels[known], assignments[known]):.4f}')
+            print(f'purity {purity(labels[known], assignments[known]):.4f}')
+    print(f'written to {printable(flags.out)}')
 
 
 def assign(scores: np.ndarray) -> np.ndarray:
@@ -42,25 +70,23 @@ def soften(scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def sizes(assignments: np.ndarray, num_clusters: int) -> np.ndarray:
-    """How many images (K,) each of `num_clusters` prototypes has; 0 for the unused ones."""
+    """The number of images (K,) of each of `num_clusters` prototypes."""
     return np.bincount(assignments, minlength=num_clusters)
 
 
 def nmi(labels: np.ndarray, assignments: np.ndarray) -> float:
-    """Normalised mutual information in [0, 1], over the arithmetic mean of the two entropies.
-
-    Two partitions that both have one part alone agree: 1.
+    """Mutual information (in [0, 1]) of two partitions (N,), over the mean of their entropies.
 
     Raises:
-      ValueError: the labels (N,) and assignments (N,) are not equally many.
+      ValueError: the two have different lengths.
     """
-    from sklearn import metrics  # takes a second to import, which not every command has to spend
+    from sklearn import metrics  # takes a second to import
 
     return float(metrics.normalized_mutual_info_score(labels, assignments))
 
 
 def purity(labels: np.ndarray, assignments: np.ndarray) -> float:
-    """Share of images that have the most frequent label of their cluster."""
+    """The share of images that have the most frequent label of their cluster."""
     from sklearn.metrics.cluster import contingency_matrix
 
     return float(contingency_matrix(labels, assignments).max(0).sum() / len(labels))
@@ -69,20 +95,20 @@ def purity(labels: np.ndarray, assignments: np.ndarray) -> float:
 def write(
     out: Path, source: Source, scores: np.ndarray, temperature: float, readable: np.ndarray
 ) -> np.ndarray:
-    """Write the files that the module's docstring describes.
+    """Write the files that the module's docstring lists, and clusters.json with their names.
 
     Args:
-      out: the folder; gets clusters.json, too, with the names of the files that are written.
+      out: the folder.
       source: N images.
       scores: (N, K).
       temperature: of `soften`.
-      readable: (N,) bool, which images to write of: M.
+      readable: (N,) bool, True for the M images to write.
 
     Returns:
       The assignments (M,).
 
     Raises:
-      UserError: `out` holds such files that no call wrote.
+      UserError: `out` holds files with such names that no call wrote.
     """
     scores = scores[readable]
     assignments, soft = assign(scores), soften(scores, temperature)
@@ -100,43 +126,3 @@ def write(
             lines = ''.join(f'{names[i]}\n' for i in nearest)
             (folder / f'prototype_{prototype}.txt').write_text(lines, encoding='utf-8')
     return assignments
-
-
-def _main(arguments: argparse.Namespace) -> None:
-    """Assign the images that the command line names and say how well that went."""
-    model = command.load(arguments)
-    model.need_head()
-    heads = model.config.model.head.num_clusters
-    if not 0 <= arguments.head < len(heads):
-        raise UserError(f'--head={arguments.head} is not there: use 0 to {len(heads) - 1}')
-    out = outputs.folder(arguments.out)
-    outputs.check(out, 'clusters', _WRITTEN, below=heads[arguments.head])
-    source = model.open(arguments.source or model.config.data.source, arguments.limit)
-    labelled.say(source.notes)
-    found = model.extract(source, progress=True)
-    labelled.say(extraction.check(found, source, model.config))
-    scores, readable = found.scores[arguments.head], found.readable
-    assignments = write(out, source, scores, model.config.loss.temperature, readable)
-    used = np.sort(sizes(assignments, scores.shape[1]))[::-1]
-    print(
-        f'{len(assignments):,} images, nearest to {np.count_nonzero(used)} of {len(used)} '
-        f'prototypes; largest {used[0]:,}, median {int(np.median(used)):,}'
-    )
-    if source.labels is not None:
-        labels = source.labels[readable]
-        known = labels >= 0
-        if not known.all():
-            labelled.say([f'{np.count_nonzero(~known):,} images without a label do not count'])
-        if known.any():
-            print(f'NMI {nmi(labels[known], assignments[known]):.4f}')
-            print(f'purity {purity(labels[known], assignments[known]):.4f}')
-    print(f'written to {printable(arguments.out)}')
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line that the module's docstring explains; returns the exit code."""
-    parser = command.parser(__doc__)
-    parser.add_argument('--source', help='images (default: those the run trained on)')
-    parser.add_argument('--out', required=True, help='folder for the lists')
-    parser.add_argument('--head', type=cli.integer(), default=0, help='which head of prototypes')
-    return command.run(_main, parser, argv)

@@ -1,57 +1,77 @@
-"""What the command lines of `python -m swav_jax.evaluate.…` have in common."""
+"""What the evaluation commands have in common: opening a network and its images, and notes."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Iterable
+from typing import Any
 
-from swav_jax import cli
-from swav_jax import config as settings
+from swav_jax.data.images import Source
 from swav_jax.errors import UserError
+from swav_jax.evaluate import extraction, labelled
+from swav_jax.evaluate import model as models
+from swav_jax.evaluate.extraction import Features
+from swav_jax.evaluate.model import Model
+from swav_jax.terminal import printable
 
 
-def parser(description: str, *, weights: bool = True) -> cli.Parser:
-    """A parser with the flags that say which network and how many images.
-
-    Args:
-      description: what --help says first.
-      weights: whether PyTorch weights will do; else it has to be a run.
-    """
-    made = cli.Parser(description, changes=True)
-    which = made.add_mutually_exclusive_group(required=True)
-    which.add_argument('--workdir', type=cli.path, help='folder of a run')
-    if weights:
-        which.add_argument('--weights', type=cli.path, help='PyTorch weights: .pth, .safetensors')
-        made.add_argument('--config', help='with --weights: the config file of their network')
-    made.add_argument('--step', type=cli.integer(), help='which checkpoint (default: the newest)')
-    made.add_argument(
-        '--limit', type=cli.integer(), default=0, help='use N images, evenly spread (0: all)'
-    )
-    made.epilog = 'Settings can be changed, as --config.evaluate.size=160.'
-    return made
-
-
-def run(main: Callable[[argparse.Namespace], None], made: cli.Parser, argv: Sequence[str]) -> int:
-    """Parse the command line, call `main`, and return the exit code: 2 for the user's mistakes.
-
-    Args:
-      main: does what the flags say.
-      made: of `parser`, with more flags.
-      argv: the flags.
-    """
-    return cli.run(lambda words: main(made.parse(words)), argv)
-
-
-def load(arguments: argparse.Namespace):
-    """The model that the command line names, with the settings that it changes.
+def load(flags: argparse.Namespace) -> Model:
+    """Load the network that the flags name, with the settings that they change.
 
     Raises:
-      UserError: it cannot be loaded, or a setting is not known.
+      UserError: it cannot be loaded, or a setting is unknown.
     """
-    from swav_jax.evaluate import model
+    if flags.workdir:
+        return models.load(flags.workdir, step=flags.step, changes=flags.changes)
+    return models.load_weights(flags.weights, flags.config)
 
-    for flag, needs in (('config', 'weights'), ('step', 'workdir')):
-        if getattr(arguments, flag, None) is not None and not getattr(arguments, needs, None):
-            raise UserError(f'--{flag}={getattr(arguments, flag)} goes with --{needs}')
-    if arguments.workdir:
-        return model.load(arguments.workdir, step=arguments.step, changes=arguments.changes)
-    config = cli.load_config(arguments.config) if arguments.config else settings.default()
-    return model.load_weights(arguments.weights, cli.override(config, arguments.changes))
+
+def open_source(model: Model, spec: str, limit: int) -> Source:
+    """Open images and print the notes on them.
+
+    Raises:
+      UserError: there are none.
+    """
+    source = model.open(spec, limit)
+    say(source.notes)
+    return source
+
+
+def open_pair(model: Model, flags: argparse.Namespace) -> tuple[Source, Source]:
+    """Open the images of --train and --test, match their classes, and print what is left out.
+
+    Raises:
+      UserError: there are none, or their classes cannot be matched.
+    """
+    opened, names = [], []
+    for flag in ('train', 'test'):
+        spec = getattr(flags, flag) or model.config.evaluate[f'{flag}_source']
+        if not spec:
+            raise UserError(f'--{flag} is missing: name labelled images, as folder:/path/{flag}')
+        opened.append(model.open(spec, flags.limit))
+        names.append(f'--{flag}={spec}')
+        say(f'{names[-1]}: {note}' for note in opened[-1].notes)
+    pair = labelled.pair(*opened, names)
+    say(pair.notes)
+    return pair.train, pair.test
+
+
+def extract(model: Model, source: Source, **options: Any) -> Features:
+    """Compute features with a progress bar, and print a note on images that cannot be read.
+
+    Args:
+      model: the network.
+      source: the images.
+      **options: those of `extraction.extract`.
+
+    Raises:
+      UserError: as `extraction.check` does.
+    """
+    found = model.extract(source, progress=True, **options)
+    say(extraction.check(found, source, model.config))
+    return found
+
+
+def say(notes: Iterable[str]) -> None:
+    """Print lines to stderr."""
+    for note in notes:
+        print(f'note: {printable(note)}', file=sys.stderr)

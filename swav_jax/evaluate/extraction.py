@@ -1,4 +1,4 @@
-"""What a network makes of images: trunk features, embeddings and prototype scores, in eval mode."""
+"""Features of images in eval mode: of the trunk, embeddings and prototype scores."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -27,14 +27,14 @@ Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
 @dataclass
 class Features:
-    """Of N images, in the order of their source; float32 on the host.
+    """Features of N images in the order of their source, float32 on the host.
 
     Attributes:
       trunk: (N, F) pooled features of the trunk.
-      embeddings: (N, D) projections, of length 1 unless the head leaves them as they are; None of
-        a network without a head.
-      scores: for each prototype head (N, K).
-      labels: (N,) int32 indices of the source's `class_names`, -1 where not known; or None.
+      embeddings: (N, D) projections, of length 1 with `config.model.head.normalize_feats`; None
+        for a network without a head.
+      scores: (N, K) for each prototype head.
+      labels: (N,) int32 indices into the source's `class_names`, -1 if unknown; or None.
       readable: (N,) bool; False for an image that could not be decoded, whose features are those of
         a gray picture.
     """
@@ -49,7 +49,7 @@ class Features:
         return len(self.trunk)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of them by name, the scores of head i as `scores{i}`."""
+        """The arrays by name; the scores of head i are `scores{i}`."""
         named = {'trunk': self.trunk, 'embeddings': self.embeddings, 'labels': self.labels}
         named |= {f'scores{i}': scores for i, scores in enumerate(self.scores)}
         named['readable'] = self.readable
@@ -67,20 +67,20 @@ def extract(
     progress: bool = False,
     allocate: Allocate = lambda name, shape: np.empty(shape, np.float32),
 ) -> Features:
-    """Features of every image of a source, on all devices.
+    """Compute features of every image of a source.
 
-    Each image is resized and cropped as `config.evaluate` says. With several processes each reads
-    its share of the images, and all get the whole result.
+    Each image is resized and cropped according to `config.evaluate`. Each of several processes
+    reads its share of the images, and all return the whole result.
 
     Args:
       net: the network.
       variables: its `params` and `batch_stats`.
       source: N images.
-      config: all settings, of which `data` and `evaluate` are read.
-      mesh: whose devices to use (default: all).
+      config: all settings; `data` and `evaluate` are used.
+      mesh: the devices (default: all).
       has_head: whether to compute embeddings and scores, too.
       progress: whether to show a progress bar.
-      allocate: makes the float32 array of a given name and shape that takes a result.
+      allocate: returns the float32 array of a given name and shape that gets a result.
 
     Raises:
       UserError: `config.evaluate.size` is larger than `config.evaluate.resize`.
@@ -112,7 +112,7 @@ def extract(
 
 
 def _rows(count: int, most: int) -> int:
-    """Rows of a batch of `count` images: few sizes, since each is compiled, but few rows wasted."""
+    """Rows of a batch of `count` images: one of few sizes, because each one is compiled."""
     return next((rows for rows in (8, 64, 512) if count <= rows <= most), most)
 
 
@@ -125,7 +125,7 @@ def _batches(
     rows: int,
     has_head: bool,
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Results and weights of one batch after another, without the rows that fill up the last."""
+    """Yield the results and weights of each batch, without the rows that fill up the last one."""
     mesh = Mesh(np.array(devices), ('image',))
     variables = jax.device_put(jax.tree.map(_local, variables), NamedSharding(mesh, P()))
     batches = pipeline.eval_batches(
@@ -136,11 +136,11 @@ def _batches(
         size=config.evaluate.size,
         batch_size=rows,
     )
-    # No more than is read of the settings, so that others can change without compiling anew.
+    # Only the settings that are used, so that a change of others compiles nothing.
     look = FrozenConfigDict({name: config.data[name] for name in ('mean', 'std')})
     settings = dict(size=config.evaluate.size, data=look, has_head=has_head)
     sharding = NamedSharding(mesh, P('image'))
-    pending = None  # fetched one batch late: the host decodes while the devices compute
+    pending = None  # fetched a batch later, so that the host decodes while the devices compute
     for batch in batches:
         pictures = {name: batch[name] for name in ('image', 'size', 'boxes')}
         results = _look(net, variables, jax.device_put(pictures, sharding), **settings)
@@ -173,12 +173,12 @@ def _fetch(
 
 
 def _local(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """A replicated array of all processes as one of this process."""
+    """This process's copy of an array that is replicated over all processes."""
     return x if getattr(x, 'is_fully_addressable', True) else x.addressable_data(0)
 
 
 def _gather(found: dict[str, np.ndarray], total: int) -> dict[str, np.ndarray]:
-    """Put the processes' shares, which differ by one row at most, behind each other."""
+    """Concatenate the processes' shares, which differ by one row at most."""
     counts = [len(s) for s in np.array_split(np.arange(total), jax.process_count())]
 
     def gather(x):
@@ -190,28 +190,28 @@ def _gather(found: dict[str, np.ndarray], total: int) -> dict[str, np.ndarray]:
 
 
 def check(found: Features, source: Source, config: ConfigDict) -> list[str]:
-    """Refuse features that say little or nothing; returns a line on the images that are left out.
+    """Refuse features that mean nothing; returns a line if images are left out.
 
     Args:
       found: features of `source`.
       source: the images.
-      config: all settings, of which `data.max_bad_fraction` and `precision` are read.
+      config: all settings; `data.max_bad_fraction` and `precision` are used.
 
     Raises:
-      UserError: no image could be read, or too few, or a feature is not finite.
+      UserError: too many images cannot be read, or a feature is not finite.
     """
-    said = check_readable(found.readable, source, config.data.max_bad_fraction)
+    notes = check_readable(found.readable, source, config.data.max_bad_fraction)
     if bad := not_finite(found):
         raise UserError(
             f'the network makes of images numbers that are not finite ({", ".join(bad)}): its '
             f'weights are damaged, or their products too large for config.precision='
             f'{config.precision!r}'
         )
-    return said
+    return notes
 
 
 def check_readable(readable: np.ndarray, source: Source, max_bad_fraction: float) -> list[str]:
-    """Refuse images of which too many cannot be read; returns a line on those that cannot.
+    """Refuse images if too many cannot be read; returns a line on those that cannot.
 
     Args:
       readable: (N,) bool.
@@ -219,12 +219,12 @@ def check_readable(readable: np.ndarray, source: Source, max_bad_fraction: float
       max_bad_fraction: `config.data.max_bad_fraction`.
 
     Raises:
-      UserError: none can be read, or too few.
+      UserError: none or too few can be read.
     """
     bad = np.flatnonzero(~readable)
     if not len(bad):
         return []
-    names = labelled.few([source.name(int(i)) for i in bad[: labelled.SHOWN]], len(bad))
+    names = some_names(source, bad)
     if len(bad) == len(source):
         raise UserError(f'none of {len(source):,} images can be read: {names}')
     count = f'{len(bad):,} of {len(source):,} images cannot be read'
@@ -236,8 +236,13 @@ def check_readable(readable: np.ndarray, source: Source, max_bad_fraction: float
     return [f'{count} and do not count: {names}']
 
 
+def some_names(source: Source, rows: np.ndarray) -> str:
+    """The names of the first of some images, and how many more there are."""
+    return labelled.few([source.name(int(i)) for i in rows[: labelled.SHOWN]], len(rows))
+
+
 def not_finite(found: Features) -> list[str]:
-    """Names of the features that are not finite of all readable images."""
+    """Names of the features that are not finite for some readable image."""
     bad = []
     for name, array in found.arrays().items():
         if array.dtype.kind == 'f':

@@ -1,6 +1,6 @@
-"""Curves of a run, and its map, as matplotlib figures that belong to nobody else's state.
+"""Figures of a run: its curves, its prototypes and its map, without pyplot's global state.
 
-What comes from the data, as names of classes, is drawn as it is: nothing of it is markup.
+Names from the data are drawn as they are, not read as mathematics.
 """
 
 import warnings
@@ -22,10 +22,10 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def loss(rows: Rows) -> Figure | None:
-    """The loss with ln K over the epochs, and the learning rate beneath; None without a loss.
+    """The loss with ln K over the epochs, above the learning rate; None without a loss.
 
     Args:
-      rows: of metrics.jsonl, each value a finite number or missing.
+      rows: rows of metrics.jsonl, whose values are finite.
     """
     rows = [row for row in rows if {'epoch', 'loss'} <= row.keys()]
     if not rows:
@@ -47,13 +47,13 @@ def loss(rows: Rows) -> Figure | None:
 
 
 def ln_k(rows: Rows) -> float | None:
-    """The loss of a network that tells nothing apart; None if no row has it."""
+    """The loss of a network to which all images look alike; None if no row tells it."""
     both = ((row.get('loss'), row.get('loss_over_ln_k')) for row in rows)
     return next((value / share for value, share in both if value and share), None)
 
 
 def _points(rows: Rows, name: str) -> np.ndarray:
-    """Epochs and values of those rows that have both: (2, n)."""
+    """Epochs and values (2, n) of the rows that have both."""
     known = [(row['epoch'], row[name]) for row in rows if {'epoch', name} <= row.keys()]
     return np.array(known, float).reshape(-1, 2).T
 
@@ -61,14 +61,14 @@ def _points(rows: Rows, name: str) -> np.ndarray:
 def metric(
     rows: Rows, name: str, title: str, reference: float | None = None, label: str = ''
 ) -> Figure | None:
-    """One number over the epochs, small; None if the rows do not have it.
+    """A small figure of one number over the epochs; None if no row has it.
 
     Args:
-      rows: of metrics.jsonl or events.jsonl, each value a finite number or missing.
-      name: of the number.
-      title: of the figure.
-      reference: where to draw a dashed line.
-      label: what stands on that line.
+      rows: rows of metrics.jsonl or events.jsonl, whose values are finite.
+      name: name of the number in them.
+      title: title of the figure.
+      reference: height of a dashed line.
+      label: text on that line.
     """
     epochs, values = _points(rows, name)
     if not len(values):
@@ -86,7 +86,7 @@ def prototypes(
 ) -> Figure | None:
     """The first head's largest prototypes, each with its size, main class and nearest images.
 
-    None where no image is readable, or the network has no prototypes.
+    None if no image can be read or the network has no prototypes.
     """
     shown = gallery.prototypes(found, source, most=most, images=images) if found.scores else []
     if not shown:
@@ -110,7 +110,7 @@ def prototypes(
 
 
 def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int) -> None:
-    """One prototype's line: what it is on the left, its nearest images on the right."""
+    """Draw one prototype: size and class on the left, its nearest images on the right."""
     side, margin = gallery.THUMBNAIL, 110
     step = side + 4
     strip = np.full((side, margin + images * step, 3), 255, np.uint8)
@@ -127,9 +127,9 @@ def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int)
 
 
 def embeddings(found: Features, source: Source) -> Figure | None:
-    """A map of embeddings in the colours of their classes or, of many classes, their prototypes.
+    """A map of embeddings, coloured by class or, if there are many classes, by prototype.
 
-    None where there are no embeddings, or too few.
+    None if there are no embeddings, or too few.
     """
     chosen = gallery.spread(found)
     if found.embeddings is None or len(chosen) < 4:
@@ -142,33 +142,31 @@ def embeddings(found: Features, source: Source) -> Figure | None:
 
 
 def few_classes(found: Features) -> bool:
-    """Whether each class can have a colour of its own."""
+    """Whether there is a colour for each class."""
     return found.labels is not None and found.labels.max() < 20
 
 
 def tsne(x: np.ndarray) -> np.ndarray:
-    """A map (N, 2) of points (N, D) that keeps neighbours, by t-SNE; the same for the same points.
-
-    Args:
-      x: N points, at least 4, of at least 2 dimensions.
-    """
-    from sklearn.manifold import TSNE  # takes seconds to import, which training need not wait for
+    """Map at least 4 points (N, D) to (N, 2) by t-SNE, the same for the same points."""
+    from sklearn.manifold import TSNE  # takes seconds to import
     from threadpoolctl import threadpool_limits
 
-    if not np.ptp(x, axis=0).any():  # equal points, which have no principal axes
+    if not np.ptp(x, axis=0).any():  # equal points have no principal axes
         return np.zeros((len(x), 2), np.float32)
     reduce = TSNE(init='pca', perplexity=min(30, len(x) / 3), random_state=0)
-    with threadpool_limits(1):  # more threads add up in the order in which they come to an end
+    with threadpool_limits(1):  # sums of several threads depend on their timing
         return reduce.fit_transform(x)
 
 
 def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | None) -> Figure:
-    """Points (N, 2) in the colours of their groups (N,); `names` of the groups, if to be told.
+    """Draw points (N, 2) in the colours of their groups (N,), with a legend if these have names.
 
-    A group of -1 is of unknown class, and gray.
+    Group -1 is unknown, and gray.
     """
     colors = matplotlib.colormaps['tab10' if groups.max() < 10 else 'tab20']
-    figure = Figure(figsize=(5.5, 5.5), layout='constrained')  # its names are legible on a phone
+    figure = Figure(
+        figsize=(5.5, 5.5), layout='constrained'
+    )  # so that names can be read on a phone
     axes = figure.subplots()
     drawn, told = [], []
     for group in np.unique(groups):
@@ -180,7 +178,7 @@ def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | Non
     axes.set_aspect('equal', 'datalim')
     axes.set_axis_off()
     if names:
-        # A legend leaves out labels that begin with an underscore; so they are set afterwards.
+        # Texts are set afterwards because a legend omits labels that begin with an underscore.
         legend = figure.legend(
             drawn,
             ['?'] * len(drawn),
@@ -197,7 +195,7 @@ def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | Non
 
 
 def write(figure: Figure, file: Any, **options: Any) -> None:
-    """Save a figure; letters that its font lacks become boxes, unsaid."""
+    """Save a figure; characters that its font lacks become boxes, without a warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph .* missing from')
         figure.savefig(file, **options)
@@ -210,7 +208,7 @@ def _short(name: str) -> str:
 def _curve(
     axes: Any, x: np.ndarray, y: np.ndarray, reference: float | None, label: str | None
 ) -> None:
-    """A line whose last value is told, and a dashed one to compare it with."""
+    """Draw a line with its last value as text, and a dashed reference line."""
     low, high = y.min(), y.max()
     if reference is not None:
         low, high = min(low, reference), max(high, reference)

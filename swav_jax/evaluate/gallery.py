@@ -1,4 +1,4 @@
-"""Which images to show: those of a prototype, neighbours of each other, the crops of training."""
+"""The images of a report: those of prototypes, nearest neighbours, and crops of training."""
 
 import base64
 import io
@@ -30,9 +30,9 @@ def prototypes(found: Features, source: Source, *, most: int, images: int) -> li
       images: how many images of each.
 
     Returns:
-      For each: `prototype`, its number; `size`, how many readable images it has; `nearest`, the
-      numbers of its nearest ones; where labels of some are known, `label` and `share`, the most
-      frequent class among these and that class's share.
+      For each: `prototype`, its number; `size`, the number of its readable images; `nearest`, the
+      indices of the nearest ones; if some labels are known, `label` and `share`, the most frequent
+      class among these and its share.
     """
     scores = found.scores[0]
     assignments = np.where(found.readable, clusters.assign(scores), -1)
@@ -55,15 +55,15 @@ def prototypes(found: Features, source: Source, *, most: int, images: int) -> li
 
 
 def neighbors(found: Features, *, queries: int, images: int) -> list[tuple[int, np.ndarray]]:
-    """Images and those whose trunk features are nearest to theirs, nearest first.
+    """Some images and their neighbours by trunk features, nearest first.
 
     Args:
       found: features of N images.
-      queries: how many images to start from; with labels spread over the classes.
+      queries: how many images; if there are labels, spread over the classes.
       images: how many neighbours of each.
 
     Returns:
-      Pairs of an image's number and its neighbours' numbers; none of N images have less than 2.
+      Pairs of an image's index and its neighbours' indices; none if less than 2 can be read.
     """
     usable = np.flatnonzero(found.readable)
     if len(usable) < 2:
@@ -79,51 +79,53 @@ def neighbors(found: Features, *, queries: int, images: int) -> list[tuple[int, 
 
 
 def crops(source: Source, config: ConfigDict, *, images: int) -> list[list[np.ndarray]]:
-    """The crops of the first images of a run as the network saw them, uint8 (S, S, channels) each.
-
-    Raises:
-      UserError: there are no images.
-    """
-    count = min(images, len(source))
-    batch = next(
-        pipeline.train_batches(
-            source, config.data, seed=config.seed, global_batch=count, first_step=0
-        )
-    )
-    settings = {'seed': config.seed, 'data': config.data, 'augment': config.augment}
-    groups = jax.jit(lambda batch: augment.multi_crop(batch, **settings))(batch)
+    """The crops of the first images of a run, uint8 (S, S, channels) each."""
     mean, std = np.array(config.data.mean), np.array(config.data.std)
-    seen: list[list[np.ndarray]] = [[] for _ in range(count)]
-    for group in jax.device_get(groups):
-        levels = np.uint8(np.clip(np.rint(255 * (group * std + mean)), 0, 255))
-        for row, crop in enumerate(levels):  # crop-major: the images take turns
-            seen[row % count].append(crop)
-    return seen
+    _, found = first_crops(source, config, images=min(images, len(source)))
+    levels = [np.uint8(np.clip(np.rint(255 * (x * std + mean)), 0, 255)) for x in found]
+    return [list(image) for image in zip(*levels, strict=True)]
+
+
+def first_crops(
+    source: Source, config: ConfigDict, *, images: int
+) -> tuple[pipeline.Batch, list[np.ndarray]]:
+    """The first images of a run as a batch, and each of their crops (images, S, S, channels)."""
+    settings = {'seed': config.seed, 'data': config.data, 'augment': config.augment}
+    batches = pipeline.train_batches(
+        source, config.data, seed=config.seed, global_batch=images, first_step=0
+    )
+    batch = next(batches)
+    groups = jax.jit(lambda batch: augment.multi_crop(batch, **settings))(batch)
+    return batch, [
+        crop
+        for group in jax.device_get(groups)
+        for crop in group.reshape(-1, images, *group.shape[1:])
+    ]
 
 
 def spread(found: Features, count: int = MAPPED) -> np.ndarray:
-    """The numbers of at most `count` readable images, evenly spread."""
+    """The indices of at most `count` readable images, evenly spread."""
     usable = np.flatnonzero(found.readable)
     count = min(count, len(usable))
     return usable[np.arange(count) * len(usable) // max(count, 1)]
 
 
 def used(found: Features) -> int:
-    """How many prototypes of the first head are the nearest one of some readable image."""
+    """The number of prototypes of the first head that are the nearest one of a readable image."""
     return len(np.unique(clusters.assign(found.scores[0][found.readable])))
 
 
 def class_name(source: Source, label: int) -> str:
-    """What a label is called."""
+    """The name of a label."""
     return printable(source.class_names[label]) if label >= 0 else 'unknown'
 
 
 def thumbnail(source: Source, index: int, size: int = THUMBNAIL) -> np.ndarray:
-    """The middle square of an image, uint8 (size, size, 3); gray if it cannot be read."""
+    """The central square of an image, uint8 (size, size, 3); gray if it cannot be read."""
     if isinstance(source, ArraySource):
         image = source.read(index)
     else:
-        whole = max(4 * size, 256)  # a larger image comes as its middle, a smaller one as it is
+        whole = max(4 * size, 256)  # a larger image is cropped to its center
         image, _, _ = pillow.decode_with_pil(source, whole, 3, index, centre=(whole, whole))
     picture = as_picture(image)
     side = min(picture.size)
@@ -133,12 +135,12 @@ def thumbnail(source: Source, index: int, size: int = THUMBNAIL) -> np.ndarray:
 
 
 def as_picture(image: np.ndarray) -> Image.Image:
-    """An RGB picture of uint8 (H, W, channels); of other channels than 3 the first one, in gray."""
+    """An RGB picture of uint8 (H, W, channels); if not of 3 channels, the first one in gray."""
     return Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).convert('RGB')
 
 
 def data_uri(image: np.ndarray | Image.Image) -> str:
-    """An image as a part of a page: PNG, or JPEG where that would be large."""
+    """An image as a data URI, as PNG or, if that is large, JPEG."""
     picture = image if isinstance(image, Image.Image) else as_picture(image)
     for kind, options in (('PNG', {'optimize': True}), ('JPEG', {'quality': 85})):
         file = io.BytesIO()

@@ -1,19 +1,19 @@
-"""Weighted k-nearest-neighbour classification, as self-supervised learning reports it.
-
-Wu et al. 2018, arXiv 1805.01978, section 3.4: cosine similarity s, each of the k neighbours votes
-for its class with weight exp(s / temperature).
+"""Weighted k-nearest-neighbour classification, the usual measure of self-supervised features.
 
     python -m swav_jax.evaluate.knn --workdir RUN --train demo --test demo:test --k 10 20 100 200
+
+Each of the k neighbours by cosine similarity s votes for its class with weight
+exp(s / config.evaluate.temperature) (Wu et al. 2018, arXiv 1805.01978, section 3.4).
 """
 
-if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+if __name__ == '__main__':  # before the imports, so that mistakes are reported without them
     from swav_jax import commands
 
     commands.run('knn')
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,42 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from swav_jax import cli
 from swav_jax.errors import UserError
-from swav_jax.evaluate import command, extraction, labelled
+from swav_jax.evaluate import command
 
-# One block of similarities is at most this large: 256 MB.
+# A block of similarities takes 256 MB at most.
 _TEST_ROWS = 8192
 _TRAIN_ROWS = 8192
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Print the accuracy for each k."""
+    model = command.load(flags)
+    temperature = model.config.evaluate.temperature
+    train, test = command.open_pair(model, flags)
+    ks = sorted(flags.k or [model.config.evaluate.k])
+    setting = '--k' if flags.k else 'config.evaluate.k'
+    for k in (ks[0], ks[-1]):
+        check(k, len(train), setting)
+    if flags.features == 'embeddings':
+        model.need_head()
+
+    def look(source):
+        found = command.extract(model, source)
+        return getattr(found, flags.features)[found.readable], found.labels[found.readable]
+
+    (train_x, train_y), (test_x, test_y) = look(train), look(test)
+    check(ks[-1], len(train_y), setting)  # among the readable ones
+    similarity, index = neighbors(train_x, test_x, k=ks[-1])
+    print(f'{len(train_y):,} images vote on {len(test_y):,}; temperature {temperature}')
+    for k in ks:
+        predicted = vote(
+            similarity[:, :k],
+            train_y[index[:, :k]],
+            temperature=temperature,
+            num_classes=len(train.class_names),
+        )
+        print(f'k = {k:<4} top-1 {100 * np.mean(predicted == test_y):.2f}%')
 
 
 def accuracy(
@@ -39,7 +68,7 @@ def accuracy(
     k: int,
     temperature: float,
 ) -> float:
-    """Top-1 accuracy in percent, of the test images whose label is known; see `classify`.
+    """Top-1 accuracy in percent of `classify` on the test images whose label is known.
 
     Raises:
       UserError: `k` is more than the number of labelled training images, or no test image has a
@@ -64,30 +93,32 @@ def classify(
     temperature: float,
     num_classes: int,
 ) -> np.ndarray:
-    """The classes (M,) that images `train_x` (N, F) of classes `train_y` vote for `test_x` (M, F).
+    """Classify `test_x` (M, F) by the votes of `train_x` (N, F) of classes `train_y` (N,).
 
-    Of equal votes the class with the lowest number wins. Images with a negative label, whose class
-    is not known, do not vote: they are nobody's neighbours.
+    Of equal votes the class with the lowest number wins. Training images of unknown class, with a
+    negative label, do not vote and are no neighbours.
+
+    Returns:
+      The classes (M,).
 
     Raises:
-      UserError: `k` is more than the images that have a label.
+      UserError: `k` is more than the training images of known class.
     """
     known = train_y >= 0
-    if not known.all():
-        train_x, train_y = train_x[known], train_y[known]
+    train_x, train_y = train_x[known], train_y[known]
     similarity, index = neighbors(train_x, test_x, k=k)
     return vote(similarity, train_y[index], temperature=temperature, num_classes=num_classes)
 
 
 def neighbors(train_x: np.ndarray, test_x: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `k` rows of `train_x` (N, F) that are nearest to each row of `test_x` (M, F).
+    """Find the `k` rows of `train_x` (N, F) that are nearest to each row of `test_x` (M, F).
 
-    Both are taken in blocks, so that memory stays bounded; the test rows are spread over the
-    devices of this process.
+    Both are processed in blocks, to bound the memory; the test rows are spread over the devices of
+    this process.
 
     Returns:
-      Cosine similarities (M, k), largest first, and rows of `train_x` (M, k). A row of zeros has
-      the similarity 0 to all.
+      Cosine similarities (M, k), largest first, and row numbers of `train_x` (M, k). A row of zeros
+      has similarity 0 to all.
 
     Raises:
       UserError: `k` is more than N.
@@ -100,10 +131,10 @@ def neighbors(train_x: np.ndarray, test_x: np.ndarray, *, k: int) -> tuple[np.nd
 
 
 def check(k: int, count: int, setting: str = 'config.evaluate.k') -> None:
-    """Make sure that `count` images can have `k` neighbours, which `setting` names.
+    """Check that there are `k` neighbours among `count` images.
 
     Raises:
-      UserError: they cannot.
+      UserError: there are not; `setting` is the name of k.
     """
     if not 1 <= k <= count:
         raise UserError(
@@ -114,9 +145,9 @@ def check(k: int, count: int, setting: str = 'config.evaluate.k') -> None:
 
 @functools.partial(jax.jit, static_argnames=('num_classes',))
 def _vote(similarity, labels, temperature, num_classes):
-    # Relative to the nearest one, since exp(1 / temperature) may be more than float32 holds.
+    # Relative to the nearest one, because exp(1 / temperature) may overflow float32.
     weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
-    weight = jnp.where(labels >= 0, weight, 0)  # a negative index would count from the end
+    weight = jnp.where(labels >= 0, weight, 0)  # or a negative index counts from the end
     row = jnp.arange(len(labels))[:, None]
     return jnp.zeros((len(labels), num_classes)).at[row, labels].add(weight).argmax(1)
 
@@ -124,9 +155,9 @@ def _vote(similarity, labels, temperature, num_classes):
 def vote(
     similarity: np.ndarray, labels: np.ndarray, *, temperature: float, num_classes: int
 ) -> np.ndarray:
-    """The class (M,) with the most weight among neighbours of given similarity and label (M, k).
+    """The classes (M,) with the most weight among neighbours of given similarity, label (M, k).
 
-    Neighbours of a negative label have no vote.
+    Neighbours with a negative label do not vote.
     """
     return np.asarray(_vote(similarity, labels, temperature, num_classes))
 
@@ -142,7 +173,7 @@ def _block_neighbors(train_x, test_x, k, mesh):
     merge = _make_merge(mesh)
     for number, train in enumerate(_blocks(train_x, _TRAIN_ROWS)):
         count = len(train)
-        if number and count < _TRAIN_ROWS:  # all blocks but a sole one have one shape
+        if number and count < _TRAIN_ROWS:  # so that several blocks have one shape
             train = np.concatenate([train, np.zeros((_TRAIN_ROWS - count, train.shape[1]))])
         best = merge(test, np.asarray(train, np.float32), best, number * _TRAIN_ROWS, count)
     return jax.tree.map(lambda x: np.asarray(x)[:rows], best)
@@ -150,7 +181,7 @@ def _block_neighbors(train_x, test_x, k, mesh):
 
 @functools.cache
 def _make_merge(mesh: Mesh):
-    """Compile what keeps, of the best so far and a block of training rows, the best."""
+    """Compile the step that merges a block of training rows into the best so far."""
 
     def merge(test, train, best, offset, count):
         similarity = jnp.matmul(_unit(test), _unit(train).T, precision=jax.lax.Precision.HIGHEST)
@@ -175,47 +206,5 @@ def _unit(x):
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def _blocks(x: np.ndarray, rows: int):
+def _blocks(x: np.ndarray, rows: int) -> Iterator[np.ndarray]:
     return (x[start : start + rows] for start in range(0, len(x), rows))
-
-
-def _main(arguments: argparse.Namespace) -> None:
-    """Print the accuracy for each k that the command line names."""
-    model = command.load(arguments)
-    evaluate = model.config.evaluate
-    train, test = labelled.open_pair(model, arguments)
-    ks = sorted(arguments.k or [evaluate.k])
-    setting = '--k' if arguments.k else 'config.evaluate.k'
-    for k in (ks[0], ks[-1]):
-        check(k, len(train), setting)
-    if arguments.features == 'embeddings':
-        model.need_head()
-
-    def look(source):
-        found = model.extract(source, progress=True)
-        labelled.say(extraction.check(found, source, model.config))
-        return getattr(found, arguments.features)[found.readable], found.labels[found.readable]
-
-    (train_x, train_y), (test_x, test_y) = look(train), look(test)
-    check(ks[-1], len(train_y), setting)  # of those that can be read
-    similarity, index = neighbors(train_x, test_x, k=ks[-1])
-    print(f'{len(train_y):,} images vote on {len(test_y):,}; temperature {evaluate.temperature}')
-    for k in ks:
-        predicted = vote(
-            similarity[:, :k],
-            train_y[index[:, :k]],
-            temperature=evaluate.temperature,
-            num_classes=len(train.class_names),
-        )
-        print(f'k = {k:<4} top-1 {100 * np.mean(predicted == test_y):.2f}%')
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line that the module's docstring explains; returns the exit code."""
-    parser = command.parser(__doc__)
-    labelled.add_flags(parser)
-    parser.add_argument(
-        '--k', type=cli.integer(1), nargs='+', help='neighbours (config.evaluate.k)'
-    )
-    parser.add_argument('--features', choices=('trunk', 'embeddings'), default='trunk')
-    return command.run(_main, parser, argv)

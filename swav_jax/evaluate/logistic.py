@@ -1,4 +1,4 @@
-"""Multinomial logistic regression to its optimum: what a linear probe can reach at best."""
+"""Multinomial logistic regression, solved to its optimum: the best linear probe."""
 
 import functools
 
@@ -18,23 +18,23 @@ def fit(
     tolerance: float = 1e-5,
     max_steps: int = 2000,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimises the mean cross entropy plus ‖W‖² / (2 c N), as scikit-learn's LogisticRegression.
+    """Minimise the mean cross entropy plus ‖W‖² / (2 c N), like scikit-learn's LogisticRegression.
 
-    With L-BFGS over all N images at once.
+    L-BFGS over all N images at once.
 
     Args:
       features: (N, F).
       labels: (N,).
       num_classes: C.
-      c: the larger, the less the weights are kept small; the bias is free.
-      tolerance: it ends when no derivative is larger,
-      max_steps: or after so many steps.
+      c: inverse strength of the penalty on the weights; the bias has none.
+      tolerance: the largest derivative at which to stop.
+      max_steps: the number of steps after which to stop in any case.
 
     Returns:
       Weights (F, C) and bias (C,).
     """
-    # Steps are taken in units of each feature's spread, without which they would be tiny; the
-    # penalty is that of the weights for the features as they are.
+    # Steps are taken in units of each feature's spread, or they would be tiny; the penalty is on
+    # the weights of the original features.
     mean, spread = features.mean(0), np.maximum(features.std(0), 1e-6)
     x = jnp.asarray((features - mean) / spread, jnp.float32)
     shape = (features.shape[1], num_classes)

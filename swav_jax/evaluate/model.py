@@ -15,12 +15,12 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from swav_jax import config as settings
 from swav_jax import methods, models, torch_weights
-from swav_jax.config import trunks
+from swav_jax.config import saved
 from swav_jax.config.file import override
 from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate.extraction import Features, check_readable, extract
+from swav_jax.evaluate.extraction import Features, check_readable, extract, some_names
 from swav_jax.runs import digest
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.terminal import printable
@@ -35,9 +35,9 @@ class Model:
     Attributes:
       net: the module.
       variables: its `params` and `batch_stats`.
-      config: the settings that it was trained with; those under `evaluate` say how images are
-        prepared, and may be changed.
-      step: steps that it was trained for, or None where that is not known.
+      config: the settings that it was trained with; those under `evaluate`, which may be changed,
+        define how images are prepared.
+      step: steps that it was trained for, or None if unknown.
       has_head: whether the weights have a projection and prototypes.
       workdir: the run's folder, or None.
     """
@@ -50,7 +50,7 @@ class Model:
     workdir: Path | None
 
     def open(self, spec: str, limit: int = 0) -> Source:
-        """The images that `spec` names, in any of the forms of `config.data.source`.
+        """Open the images that `spec` names, in any of the forms of `config.data.source`.
 
         Raises:
           UserError: there are none.
@@ -62,22 +62,21 @@ class Model:
         )
 
     def extract(self, source: Source | str, **options: Any) -> Features:
-        """Features of all images of a source; `options` as in `extraction.extract`."""
+        """Compute features of all images of a source; `options` are those of `extraction.extract`.
+
+        Raises:
+          UserError: there are no images.
+        """
         source = self.open(source) if isinstance(source, str) else source
-        return extract(
-            self.net,
-            self.variables,
-            source,
-            self.config,
-            **{'has_head': self.has_head} | options,
-        )
+        options = {'has_head': self.has_head} | options
+        return extract(self.net, self.variables, source, self.config, **options)
 
     def embed(self, images: Any) -> Features:
-        """Features of images in memory, or of image files.
+        """Compute features of images in memory, or of image files.
 
         Args:
           images: one image or several: paths, bytes of image files, PIL images, uint8 arrays; see
-            `data.in_memory.open_images`. Those that cannot be read are reported, and False in
+            `data.in_memory.open_images`. Those that cannot be read are logged, and False in
             `readable`.
 
         Raises:
@@ -88,13 +87,12 @@ class Model:
         check_readable(found.readable, source, 1.0)
         bad = np.flatnonzero(~found.readable)
         if len(bad):
-            names = ', '.join(printable(source.name(i)) for i in bad[:5])
-            more = f' and {len(bad) - 5} more' if len(bad) > 5 else ''
-            LOG.warning('%d of %d images cannot be read: %s%s', len(bad), len(source), names, more)
+            names = some_names(source, bad)
+            LOG.warning('%d of %d images cannot be read: %s', len(bad), len(source), names)
         return found
 
     def digest(self) -> str:
-        """16 hexadecimal digits that tell the trunk's weights and statistics from others."""
+        """16 hexadecimal digits that identify the trunk's weights and statistics."""
         found = digest.digests(
             {kind: part['trunk'] for kind, part in self.variables.items() if 'trunk' in part}
         )
@@ -102,7 +100,7 @@ class Model:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def need_head(self) -> None:
-        """Make sure that there are prototypes.
+        """Check that there are prototypes.
 
         Raises:
           UserError: there are none.
@@ -117,25 +115,24 @@ def load(
     step: int | None = None,
     changes: Sequence[tuple[str, str | None]] = (),
 ) -> Model:
-    """The network of a run.
+    """Load the network of a run.
 
     Args:
       workdir: the run's folder.
       step: which checkpoint; None is the newest one that loads.
-      changes: of the run's settings, as `config_file.override` takes them.
+      changes: changes of the run's settings, as `config.file.override` takes them.
 
     Raises:
-      UserError: there is none, its weights are not finite, or a change cannot be.
+      UserError: there is none, its weights are not finite, or a change cannot be made.
     """
     workdir = Path(workdir).expanduser()
-    if not (workdir / 'checkpoints').is_dir():
-        raise UserError(f'--workdir={workdir} holds no checkpoints: name the folder of a run')
+    saved.check_folder(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
     step, variables, metadata = checkpoints.read(
-        ('params', 'batch_stats'), step, accept=lambda saved: restore_config(saved['config'])
+        ('params', 'batch_stats'), step, accept=lambda about: saved.restore(about['config'])
     )
     checkpoints.close()
-    config = override(restore_config(metadata['config']), changes)
+    config = override(saved.restore(metadata['config']), changes)
     settings.validate(config)
     methods.make(config).check()
     net = _build(config)
@@ -146,7 +143,7 @@ def load(
 
 
 def load_weights(path: str | Path, config: ConfigDict) -> Model:
-    """The network of `config` with PyTorch weights: see `torch_weights.load_into`.
+    """Load PyTorch weights into the network of `config`, like `torch_weights.load_into`.
 
     Raises:
       UserError: a setting cannot work, or the file cannot be read, is of another network, or its
@@ -175,11 +172,7 @@ def _shapes(net: models.SwAVNet, config: ConfigDict) -> dict[str, Any]:
 def _check_fits(
     net: models.SwAVNet, variables: dict[str, Any], config: ConfigDict, step: int
 ) -> None:
-    """Refuse variables that are not this network's.
-
-    Raises:
-      UserError: changed settings make another network.
-    """
+    """Refuse variables that are not those of this network, because settings have changed it."""
     ours, theirs = (
         {name: x.shape for name, x in digest.named({k: tree[k] for k in variables}).items()}
         for tree in (_shapes(net, config), variables)
@@ -196,44 +189,7 @@ def _check_fits(
 def _check_finite(variables: Mapping[str, Any], where: str) -> None:
     for name, x in digest.named(variables).items():
         if not np.isfinite(np.asarray(x, np.float32)).all():
-            raise UserError(f'{where} holds {name} that is not finite: take other weights')
-
-
-def restore_config(saved: Mapping[str, Any]) -> ConfigDict:
-    """The settings that `config.to_dict` made plain; new ones have their defaults.
-
-    Raises:
-      UserError: they are those of another version.
-    """
-    config = settings.default()
-    try:
-        with config.unlocked():
-            if 'trunk' in saved.get('model', {}):
-                config.model.trunk = trunks.adopt(saved['model']['trunk'])
-                saved = saved | {'model': saved['model'] | {'trunk': config.model.trunk}}
-            known = {name for name, _ in settings.flatten(config)}
-            schedulers = saved.get('optimizer', {}).get('param_schedulers', {})
-            for name, schedule in config.optimizer.param_schedulers.items():
-                if schedulers.get(name, schedule)['name'] != schedule.name:
-                    del config.optimizer.param_schedulers[name]  # another kind has other parts
-            config.update(_tuples(saved))
-        for name, _ in settings.flatten(config):
-            if name not in known and not name.startswith('config.optimizer.param_schedulers.'):
-                raise ValueError(f'{name} is not known')
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = printable(str(error).partition('\n')[0])
-        raise UserError(
-            f'the settings are not those of this version of swav_jax ({reason}): use the version '
-            'that made them'
-        ) from error
-    return config
-
-
-def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, Mapping):
-        return {key: _tuples(x) for key, x in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+            raise UserError(f'{where} holds {name} that is not finite: use other weights')
 
 
 def _build(config: ConfigDict) -> models.SwAVNet:
@@ -242,5 +198,5 @@ def _build(config: ConfigDict) -> models.SwAVNet:
 
 @functools.cache
 def _build_once(model: FrozenConfigDict, channels: int, precision: str) -> models.SwAVNet:
-    """One object for one network, so that several checkpoints of a run share what is compiled."""
+    """One object per network, so that several checkpoints of a run share what is compiled."""
     return models.build(model, channels=channels, dtype=jnp.dtype(precision))

@@ -1,7 +1,7 @@
-"""What a run measures while it goes on, on images that it does not train on.
+"""Evaluations during a run, on images that it does not train on.
 
-An evaluation is a class like `KNN` and its name in `EVALUATIONS`. What it measures goes to
-events.jsonl, to summary.json and to the report, which take the names from it.
+An evaluation is a class like `KNN`, listed in `EVALUATIONS`. Its numbers are written to
+events.jsonl and summary.json and shown in the report, under the names that it gives them.
 """
 
 import abc
@@ -20,6 +20,8 @@ from swav_jax.errors import UserError
 from swav_jax.evaluate import clusters, extraction, knn, labelled
 from swav_jax.state import TrainState
 
+PICTURED = 2000  # images to show if no test images are named
+
 Results = dict[str, float]
 
 
@@ -28,8 +30,8 @@ class Metric:
     """How the report shows a number.
 
     Attributes:
-      title: of its curve.
-      tile: what stands beneath the last value.
+      title: title of its curve.
+      tile: text below the last value.
       form: format of that value.
     """
 
@@ -40,27 +42,25 @@ class Metric:
 
 @dataclass(frozen=True)
 class Seen:
-    """A network and what it makes of labelled images.
+    """Features of labelled images.
 
     Attributes:
-      state: the network.
-      pair: the images to learn from and those of their classes to test on.
+      pair: the images to learn from, and those of their classes to test on.
       train: features of `pair.train`.
       test: features of all images of the test source; `pair.rows` are those of `pair.test`.
     """
 
-    state: TrainState
     pair: labelled.Pair
     train: extraction.Features
     test: extraction.Features
 
 
 class Evaluation(abc.ABC):
-    """One way to judge a network, opened once for a run.
+    """One way to judge a network, made once per run.
 
     Attributes:
-      name: what messages call it.
-      metrics: all that `run` can measure, and how the report shows it.
+      name: for messages.
+      metrics: all numbers that `run` can return, and how the report shows them.
 
     Raises:
       UserError: it cannot be done with these settings or images.
@@ -74,11 +74,11 @@ class Evaluation(abc.ABC):
 
     @abc.abstractmethod
     def run(self, seen: Seen) -> Results:
-        """The numbers by their names."""
+        """Compute the numbers, by name."""
 
 
 class KNN(Evaluation):
-    """Top-1 accuracy, in percent, of the nearest neighbours' votes."""
+    """Top-1 accuracy in percent of the votes of the nearest neighbours."""
 
     name = 'kNN accuracy'
     metrics = MappingProxyType({'knn_top1': Metric('kNN top-1, percent', 'kNN top-1', '{:.1f}%')})
@@ -88,7 +88,7 @@ class KNN(Evaluation):
         knn.check(config.evaluate.k, len(pair.train))
 
     def run(self, seen: Seen) -> Results:
-        """Of the test images whose class the training images have."""
+        """Judge the test images whose class the training images have."""
         voters, judged = seen.train.readable, seen.test.readable[seen.pair.rows]
         top1 = knn.accuracy(
             seen.train.trunk[voters],
@@ -102,13 +102,13 @@ class KNN(Evaluation):
 
 
 class PrototypeNMI(Evaluation):
-    """Normalised mutual information of the first head's nearest prototypes and the labels."""
+    """Normalised mutual information of labels and nearest prototypes of the first head."""
 
     name = 'NMI'
     metrics = MappingProxyType({'nmi': Metric('NMI', 'NMI of prototypes and labels', '{:.3f}')})
 
     def run(self, seen: Seen) -> Results:
-        """Of all labelled test images."""
+        """Judge all labelled test images."""
         test = seen.test
         known = test.readable & (test.labels >= 0)
         return {'nmi': clusters.nmi(test.labels[known], clusters.assign(test.scores[0][known]))}
@@ -119,21 +119,18 @@ METRICS = {name: metric for kind in EVALUATIONS for name, metric in kind.metrics
 
 
 class OnlineEvaluation:
-    """What the network has learned so far, on images that it does not train on.
+    """All `EVALUATIONS` of a run, on the images of two labelled sources.
 
-    Images of `config.evaluate.train_source` vote on the labels of `config.evaluate.test_source`,
-    whose classes are matched by name. Without these two there is nothing to measure, and the
-    pictures show images of the test source or, without one, training images.
+    These are `config.evaluate.train_source` to learn from and `config.evaluate.test_source` to test
+    on; their classes are matched by name. Nothing is measured without both.
 
     Attributes:
-      test: the images to show.
+      test: the images to show in the report; training images if there is no test source.
       notes: lines for the user on what does not count.
 
     Raises:
-      UserError: one of the sources cannot be opened, or the two cannot be matched.
+      UserError: a source cannot be opened, or the two cannot be matched.
     """
-
-    pictured = 2000  # images of the training data, where there is no test data
 
     def __init__(self, config: ConfigDict, net: models.SwAVNet, mesh: Mesh, workdir: Path):
         self.config, self.net, self.mesh = config, net, mesh
@@ -154,11 +151,11 @@ class OnlineEvaluation:
                 cache_dir=str(workdir),
                 setting=setting,
             )
-            if specs[name]:  # training itself says those of its images
+            if specs[name]:  # training reports the notes on its own images
                 self.notes += tuple(f'{setting}: {note}' for note in source.notes)
             return source
 
-        limit = 0 if specs['test'] else self.pictured
+        limit = 0 if specs['test'] else PICTURED
         self.test = open_source(specs['test'] or config.data.source, 'test', limit)
         if specs['train']:
             train = open_source(specs['train'], 'train')
@@ -168,7 +165,7 @@ class OnlineEvaluation:
             self.evaluations = [kind(config, self.pair) for kind in EVALUATIONS]
 
     def run(self, state: TrainState, say: Callable[[str], None] = print) -> Results:
-        """All that `EVALUATIONS` measure; empty without labels.
+        """Evaluate a network; returns all numbers by name, none without labels.
 
         Images that cannot be read do not count.
 
@@ -183,27 +180,21 @@ class OnlineEvaluation:
             return {}
         train, test = self.look(state, self.pair.train), self.look(state, self.test)
         for source, found in ((self.pair.train, train), (self.test, test)):
-            for line in extraction.check_readable(
-                found.readable, source, self.config.data.max_bad_fraction
-            ):
-                self._say_once(line, say)
+            allowed = self.config.data.max_bad_fraction
+            for line in extraction.check_readable(found.readable, source, allowed):
+                if line not in self._said and jax.process_index() == 0:
+                    say(line)
+                self._said.add(line)
         if bad := extraction.not_finite(train) + extraction.not_finite(test):
             no = ' and '.join(f'no {evaluation.name}' for evaluation in self.evaluations)
             say(f'{no}: the network makes {", ".join(bad)} not finite')
             return {}
-        seen = Seen(state, self.pair, train, test)
-        return {
-            name: value
-            for evaluation in self.evaluations
-            for name, value in evaluation.run(seen).items()
-        }
-
-    def _say_once(self, line: str, say: Callable[[str], None]) -> None:
-        if line not in self._said and jax.process_index() == 0:
-            say(line)
-        self._said.add(line)
+        results = {}
+        for evaluation in self.evaluations:
+            results |= evaluation.run(Seen(self.pair, train, test))
+        return results
 
     def look(self, state: TrainState, source: sources.Source) -> extraction.Features:
-        """Features of all images of a source."""
+        """Compute features of all images of a source."""
         variables = {'params': state.params, 'batch_stats': state.batch_stats}
         return extraction.extract(self.net, variables, source, self.config, self.mesh)

@@ -1,6 +1,6 @@
 """Folders of results: a call replaces what an earlier one wrote, and touches nothing else.
 
-What a call wrote is recorded beside it, in KIND.json.
+The names of the files that a call wrote are recorded beside them, in KIND.json.
 """
 
 import contextlib
@@ -25,11 +25,10 @@ _FILES = (
 
 
 def folder(out: str | Path) -> Path:
-    """The folder that --out names, made if it is missing.
+    """The folder that --out names, created if it is missing.
 
     Raises:
-      UserError: it is a file, or named like one, or the root of the file system, or nothing can be
-        written there.
+      UserError: it is a file, has the name of one, is /, or cannot be written to.
     """
     with _refused(out):
         path = Path(out).expanduser().absolute()
@@ -45,10 +44,10 @@ def folder(out: str | Path) -> Path:
 
 
 def file(out: str | Path) -> Path:
-    """The file that --out names, in a folder that is made if it is missing.
+    """The file that --out names, in a folder that is created if it is missing.
 
     Raises:
-      UserError: it is a folder, or nothing can be written there.
+      UserError: it is a folder, or cannot be written.
     """
     with _refused(out):
         path = Path(out).expanduser().absolute()
@@ -60,7 +59,7 @@ def file(out: str | Path) -> Path:
 
 @contextlib.contextmanager
 def _refused(out: str | Path) -> Iterator[None]:
-    """Let what the system refuses name --out, not the file that was tried."""
+    """Report what the system refuses as a mistake in --out."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # RuntimeError: no such home folder
@@ -71,17 +70,17 @@ def _refused(out: str | Path) -> Iterator[None]:
 
 
 def _try_to_write(folder: Path) -> None:
-    """Make a folder, and fail now and not when all is computed."""
+    """Create a folder, and fail now rather than when all is computed."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 def check(out: Path, kind: str, pattern: str, below: float = math.inf) -> set[str]:
-    """Names of the files in `out` that earlier calls wrote; arguments as of `replacing`.
+    """Names of the files in `out` that earlier calls wrote; see `replacing` for the arguments.
 
     Raises:
-      UserError: others have names of such files.
+      UserError: other files have names that a call may write.
     """
     record = out / f'{kind}.json'
     written = set()
@@ -89,7 +88,7 @@ def check(out: Path, kind: str, pattern: str, below: float = math.inf) -> set[st
         with contextlib.suppress(ValueError):
             found = json.loads(record.read_bytes())
             if isinstance(found, dict) and isinstance(found.get('files'), list):
-                # A name in a record that was tampered with must not lead out of the folder.
+                # An edited record must not lead out of the folder.
                 written = {str(n) for n in found['files'] if re.fullmatch(pattern, str(n))}
                 written.add(record.name)
     mine = re.compile(f'{pattern}|{re.escape(record.name)}')
@@ -106,10 +105,10 @@ def check(out: Path, kind: str, pattern: str, below: float = math.inf) -> set[st
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keep other calls from writing to a folder, as long as this one lives.
+    """Lock a folder against other calls.
 
     Raises:
-      UserError: another one does.
+      UserError: another call has locked it.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -127,19 +126,19 @@ def locked(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(out: Path, kind: str, pattern: str, below: float = math.inf) -> Iterator[Path]:
-    """An empty folder; the files written there replace those that earlier calls wrote to `out`.
+    """Yield an empty folder; its files then replace those that earlier calls wrote to `out`.
 
-    Until the block ends well the earlier files stay. Stopped in the middle of replacing them, `out`
-    holds a part of the new files, but never files of two calls.
+    The earlier files stay until the block ends without an error. If the process is killed while
+    they are replaced, `out` holds a part of the new files, but never files of two calls.
 
     Args:
       out: the folder.
       kind: what the files are, for the name of the record.
-      pattern: regular expression of all names that such a call may write.
-      below: what numbers in the names that this call may write are below.
+      pattern: regular expression of all names that such calls may write.
+      below: bound on numbers in the names that this call may write.
 
     Raises:
-      UserError: `out` holds files of such names that no call wrote.
+      UserError: `out` holds files with such names that no call wrote.
     """
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
@@ -148,7 +147,7 @@ def replacing(out: Path, kind: str, pattern: str, below: float = math.inf) -> It
         try:
             yield temporary
             new = {path.name for path in temporary.iterdir()}
-            _record(out, kind, old | new)  # so that what a killed call leaves is known, too
+            _record(out, kind, old | new)  # in case this call is killed
             for name in old:
                 (out / name).unlink(missing_ok=True)
             for name in new:

@@ -1,4 +1,4 @@
-"""What the page of a report shows: collected here, laid out by report.html."""
+"""The content of a report's page; its layout is in report.html."""
 
 import base64
 import io
@@ -31,16 +31,18 @@ CURVES = {  # by the names in metrics.jsonl
     'data_wait': 'Seconds a step waits for data',
 }
 
-Picture = dict[str, Any]  # its `src` and what else report.html wants of it
+Picture = dict[str, Any]  # `src`, and other attributes that report.html uses
 
 
 def render(**content: Any) -> str:
-    """The page, in which all of `content` is text and none of it markup."""
+    """Render the page; all of `content` is shown as text, not read as markup."""
     return _environment.get_template('report.html').render(content, version=swav_jax.__version__)
 
 
 def _shown(value: Any) -> Any:
-    return value if hasattr(value, '__html__') else printable(value)  # what a macro made is markup
+    return (
+        value if hasattr(value, '__html__') else printable(value)
+    )  # the output of a macro is markup
 
 
 _environment = Environment(
@@ -54,7 +56,7 @@ _environment = Environment(
 
 
 def about_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json, if there is one, says of the run, and where its curves would like to be."""
+    """The run in words, and reference values of its curves, from config.json if there is one."""
     if not config:
         return {}
     trunk, data, head = config['model']['trunk'], config['data'], config['model']['head']
@@ -72,7 +74,7 @@ def about_run(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def subtitle(about: Mapping[str, Any], summary: Mapping[str, float], found: Features) -> str:
-    """The run in a sentence."""
+    """A sentence on the run."""
     parts = list(about.get('run', ()))
     if summary.get('epochs'):
         parts.append(f'{summary["epochs"]:g} epochs')
@@ -83,7 +85,7 @@ def subtitle(about: Mapping[str, Any], summary: Mapping[str, float], found: Feat
 
 
 def measured(events: figures.Rows) -> dict[str, online.Metric]:
-    """What online evaluations have measured, as events.jsonl names it, or would measure now."""
+    """All numbers of online evaluations: those in events.jsonl, and those of this version."""
     names = {name.removesuffix('_untrained') for row in events for name in row}
     others = sorted(names - online.METRICS.keys() - {'step', 'epoch'})
     return online.METRICS | {name: online.Metric(name, name) for name in others}
@@ -92,7 +94,7 @@ def measured(events: figures.Rows) -> dict[str, online.Metric]:
 def tiles(
     summary: Mapping[str, float], metrics: Mapping[str, online.Metric]
 ) -> Iterable[tuple[str, str]]:
-    """Values of the summary, and what they are."""
+    """Values of the summary, and a text below each."""
     for name, metric in metrics.items():
         if name in summary:
             before = summary.get(f'{name}_untrained')
@@ -116,7 +118,7 @@ def curves(
     metrics: Mapping[str, online.Metric],
     about: Mapping[str, Any],
 ) -> list[Picture]:
-    """All that was measured, over the epochs; empty without a loss."""
+    """Pictures of all measured numbers over the epochs; none without a loss."""
     rows = [row for row in rows if 'loss' in row]
     if not rows:
         return []
@@ -129,14 +131,14 @@ def curves(
         for name, metric in metrics.items()
     ]
     for name, title in CURVES.items():
-        # The first row's speed is that of the compilation.
+        # The first row's speed includes the compilation.
         shown = rows[1:] if name in ('images_per_second', 'data_wait') else rows
         drawn.append((title, figures.metric(shown, name, title, *references.get(name, (None, '')))))
     return [{'src': svg(figure), 'alt': title} for title, figure in drawn if figure]
 
 
 def prototypes(found: Features, source: Source) -> dict[str, Any]:
-    """The largest prototypes, each with its nearest images; empty without any."""
+    """The largest prototypes, each with its nearest images; empty without prototypes."""
     if not found.scores or not found.readable.any():
         return {}
     largest = [
@@ -147,7 +149,7 @@ def prototypes(found: Features, source: Source) -> dict[str, Any]:
 
 
 def embeddings(scatter: Figure | None, found: Features) -> dict[str, Any]:
-    """Their map; empty without one."""
+    """The map of the embeddings; empty without one."""
     if scatter is None:
         return {}
     colour = 'class' if figures.few_classes(found) else 'prototype'
@@ -155,7 +157,7 @@ def embeddings(scatter: Figure | None, found: Features) -> dict[str, Any]:
 
 
 def neighbors(found: Features, source: Source) -> list[list[Picture]]:
-    """Images and, after each, those with the most similar trunk features."""
+    """Some images, each followed by those with the most similar trunk features."""
     lines = []
     for query, nearest in gallery.neighbors(found, queries=10, images=8):
         line = [_thumb(source, query, 'query')]
@@ -168,7 +170,7 @@ def neighbors(found: Features, source: Source) -> list[list[Picture]]:
 
 
 def crops(images: Sequence[Sequence[np.ndarray]]) -> list[list[Picture]]:
-    """The crops of each image, enlarged where they are small."""
+    """The crops of each image; small ones are enlarged."""
 
     def side(size: int) -> int:
         return max(28, min(160, 2 * size if size < 64 else size))
@@ -180,13 +182,13 @@ def crops(images: Sequence[Sequence[np.ndarray]]) -> list[list[Picture]]:
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """All settings by their full names, as JSON; empty without any."""
+    """All settings by their full names, as JSON."""
     flat = flatten_dict({'config': config}, sep='.')
     return {name: json.dumps(value) for name, value in flat.items()}
 
 
 def svg(figure: Figure) -> str:
-    """A figure as a part of a page."""
+    """A figure as a data URI."""
     file = io.BytesIO()
     figures.write(figure, file, format='svg', metadata={'Date': None})
     return f'data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}'

@@ -1,13 +1,13 @@
-"""A run as a page and as pictures, to look at.
+"""A page and pictures of what a run learned.
 
     python -m swav_jax.evaluate.report --workdir RUN
 
-writes report.html, which needs no other file and no network, loss.png, prototypes.png and map.png
-into the run's folder, and images and a projector of embeddings for TensorBoard. What cannot be
-made, as of a damaged metrics.jsonl, is left out and named.
+writes report.html, a page that needs no other file and no network, and loss.png, prototypes.png and
+map.png into the run's folder, and images and a projector of embeddings for TensorBoard. If a part
+cannot be made, for example from a damaged metrics.jsonl, it is left out and reported.
 """
 
-if __name__ == '__main__':  # before the imports: TensorFlow reads its settings as it is imported
+if __name__ == '__main__':  # before the imports, so that mistakes are reported without them
     from swav_jax import commands
 
     commands.run('report')
@@ -29,19 +29,31 @@ from tensorboardX import SummaryWriter
 from swav_jax import atomic
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
-from swav_jax.evaluate import command, figures, gallery, labelled, page
-from swav_jax.evaluate.extraction import Features, check
+from swav_jax.evaluate import command, figures, gallery, online, page
+from swav_jax.evaluate.extraction import Features
 from swav_jax.runs.monitor import read_rows
 from swav_jax.runs.tensorboard import TensorBoard
 from swav_jax.terminal import printable
 
-PICTURED = 2000  # images to look at, where none are named
+
+def run(flags: argparse.Namespace) -> None:
+    """Write the report of a run."""
+    model = command.load(flags)
+    config = model.config
+    shown = flags.source or config.evaluate.test_source
+    limit = flags.limit or (0 if shown else online.PICTURED)
+    source = command.open_source(model, shown or config.data.source, limit)
+    found = command.extract(model, source)
+    train = model.open(config.data.source, config.data.limit)
+    if not write_all(model.workdir, found, source, train, config, model.step):
+        raise UserError(f'{printable(model.workdir)}/report.html is not written')
+    print(f'written to {printable(model.workdir / "report.html")}')
 
 
 def write_all(
     workdir: Path, found: Features, source: Source, train: Source, config: ConfigDict, step: int
 ) -> bool:
-    """Write all that the module's docstring lists; says what cannot be made, and raises nothing.
+    """Write all that the module's docstring lists; prints what failed, and raises nothing.
 
     Args:
       workdir: the run's folder.
@@ -49,7 +61,7 @@ def write_all(
       source: the images to show, labelled or not.
       train: the images that the run trains on, for its crops.
       config: the run's settings.
-      step: steps that the run has made.
+      step: steps of the run.
 
     Returns:
       Whether report.html was written.
@@ -68,25 +80,25 @@ def write_all(
 
 
 class _Missing(list):
-    """What could not be made, each with the reason."""
+    """Lines on what failed."""
 
     def without(self, name: str, make: Callable[[], Any], instead: Any = None) -> Any:
-        """What `make` makes; if that fails `instead`, and a line more in this list."""
+        """Return what `make` returns or, if it fails, `instead`, and add a line to this list."""
         try:
             return make()
-        except Exception as error:  # whatever it is, the run that is shown went well
+        except Exception as error:  # whatever it is, the run itself succeeded
             reason = getattr(error, 'strerror', None) or str(error) or 'no reason given'
             self.append(printable(f'{name} ({type(error).__name__}: {reason})')[:300])
             return instead
 
 
 def draw_loss(workdir: Path) -> None:
-    """Write loss.png; without a logged step there is none."""
+    """Write loss.png, if a step was logged."""
     _save(figures.loss(_rows(workdir / 'metrics.jsonl')), workdir / 'loss.png')
 
 
 def draw_prototypes(workdir: Path, found: Features, source: Source) -> None:
-    """Write prototypes.png: the largest prototypes and those images of `source` nearest to them."""
+    """Write prototypes.png: the largest prototypes with their nearest images of `source`."""
     _save(figures.prototypes(found, source), workdir / 'prototypes.png')
 
 
@@ -96,16 +108,16 @@ def write(
     source: Source,
     crops: Sequence[Sequence[np.ndarray]] = (),
 ) -> list[str]:
-    """Write report.html and map.png from what the run has logged and from features of images.
+    """Write report.html and map.png from the run's log and from features of images.
 
     Args:
-      workdir: the run's folder; what is not in it is left out of the report.
+      workdir: the run's folder.
       found: features of `source`.
       source: the images to show, labelled or not.
-      crops: some images' crops as the network saw them, as `gallery.crops` makes them.
+      crops: crops of some images, as `gallery.crops` returns them.
 
     Returns:
-      What could not be made and is not on the page, with the reasons.
+      What failed and is not on the page, with the reasons.
     """
     missing = _Missing()
     rows, events = (
@@ -144,10 +156,10 @@ def write(
 
 
 def write_tensorboard(workdir: Path, found: Features, source: Source, step: int) -> None:
-    """Add the prototypes' images and a projector of embeddings to the run's TensorBoard."""
+    """Add images of the prototypes and a projector of embeddings to the run's TensorBoard."""
     if (workdir / 'tensorboard' / f'{step:05}').exists():  # by an earlier call
         return
-    # A square of thumbnails: tensorboardX leaves the rest of one unset.
+    # As many thumbnails as fill a square: tensorboardX leaves the rest of it unset.
     chosen = gallery.spread(found, math.isqrt(len(gallery.spread(found))) ** 2)
     if not len(chosen) or found.embeddings is None:
         return
@@ -156,7 +168,7 @@ def write_tensorboard(workdir: Path, found: Features, source: Source, step: int)
             strip = np.concatenate([gallery.thumbnail(source, i) for i in item['nearest']], axis=1)
             board.image(f'prototypes/{place:02}', strip, step)
         board.flush()
-    # An embedding lies in files of its own.
+    # Embeddings are in files of their own.
     with SummaryWriter(str(workdir / 'tensorboard'), write_to_disk=False) as writer:
         thumbnails = np.stack([gallery.thumbnail(source, i, 32) for i in chosen])
         writer.add_embedding(
@@ -175,7 +187,7 @@ def _caption(found: Features, source: Source, index: int) -> str:
 
 
 def _save(figure: Figure | None, path: Path) -> None:
-    """Write a figure; where there is none, no older one stays to be taken for it."""
+    """Write a figure; without one, delete an older one that could be taken for it."""
     if figure is None:
         path.unlink(missing_ok=True)
         return
@@ -191,37 +203,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
-    """The finite numbers of each row of a .jsonl file; what is damaged has none."""
+    """The finite numbers of each row of a .jsonl file; a damaged row has none."""
     return [_numbers(row) for row in read_rows(path) if isinstance(row, Mapping)]
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The values of a row that are numbers, and of a size that can be drawn."""
+    """The values of a row that are numbers and small enough to be drawn."""
     return {
         name: value
         for name, value in row.items()
         if type(value) in (int, float) and abs(value) < 1e100  # false of NaN, too
     }
-
-
-def _main(arguments: argparse.Namespace) -> None:
-    """Write the report of the run that the command line names."""
-    model = command.load(arguments)
-    config = model.config
-    shown = arguments.source or config.evaluate.test_source
-    limit = arguments.limit or (0 if shown else PICTURED)
-    source = model.open(shown or config.data.source, limit)
-    labelled.say(source.notes)
-    found = model.extract(source, progress=True)
-    labelled.say(check(found, source, config))
-    train = model.open(config.data.source, config.data.limit)
-    if not write_all(model.workdir, found, source, train, config, model.step):
-        raise UserError(f'{printable(model.workdir)}/report.html is not written')
-    print(f'written to {printable(model.workdir / "report.html")}')
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command line that the module's docstring explains; returns the exit code."""
-    parser = command.parser(__doc__, weights=False)
-    parser.add_argument('--source', help='images to show (default: config.evaluate.test_source)')
-    return command.run(_main, parser, argv)
