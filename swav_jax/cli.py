@@ -245,7 +245,7 @@ def quiet_libraries() -> None:
     if os.environ.get('TF_CPP_MIN_LOG_LEVEL', '1') == '1':
         os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-    # An exception tells what failed. For one failed read or write orbax also logs warnings and
+    # Exceptions report what failed. For one failed read or write orbax also logs warnings and
     # several traces, and the coroutines that it drops print more to stderr at any time later.
     absl_logging.get_absl_logger().addFilter(
         lambda record: 'orbax' not in record.pathname or record.levelno < logging.WARNING
@@ -303,10 +303,7 @@ def tell(line: str) -> None:
 class _Output:
     """A stream whose reader may be gone, or whose disk full.
 
-    Args:
-      stream: receives the text.
-      name: for error messages.
-      goes_on: whether to drop the rest of the text after a failure, instead of raising it.
+    After a failure it drops the rest of the text if it `goes_on`; else it raises the failure.
     """
 
     def __init__(self, stream: TextIO, name: str, goes_on: bool):
@@ -330,8 +327,8 @@ class _Output:
             if not self.goes_on:
                 raise OSError(error.errno, error.strerror, self._name) from error
             if self._name:
-                tell_once = f'{self._name}: {error.strerror}: the run goes on without printing'
-                print(tell_once, file=sys.stderr)
+                line = f'{self._name}: {error.strerror}: the run continues without printing'
+                print(line, file=sys.stderr)
                 self._name = ''
 
 

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Sequence
 
 from swav_jax import cli, commands
+from swav_jax import config as settings
 from swav_jax.cpu.host_memory import keep_freed_memory
 from swav_jax.errors import RunFailedError, StoppedError, UserError
 from swav_jax.runs.signals import Signals
@@ -27,6 +28,10 @@ from swav_jax.runs.signals import Signals
 
 def run(flags: argparse.Namespace) -> int:
     """Train, or print the plan; returns the exit code."""
+    alone = (flags.coordinator, flags.num_processes, flags.process_id) == (None, None, None)
+    alone = alone and not flags.distributed
+    if alone:  # before JAX is imported; several processes report a mistake together
+        settings.validate(flags.config)
     if flags.plan:
         from swav_jax.commands import plan
 
@@ -40,10 +45,7 @@ def run(flags: argparse.Namespace) -> int:
         from swav_jax.cpu import xla_settings
 
         xla_settings.set_defaults()
-        alone = (flags.coordinator, flags.num_processes, flags.process_id) == (None, None, None)
-        if alone and not flags.distributed:
-            return _train(flags, signals)
-        return _train_with_others(flags, signals)
+        return _train(flags, signals) if alone else _train_with_others(flags, signals)
 
 
 def _train(flags: argparse.Namespace, signals: Signals) -> int:
@@ -72,7 +74,7 @@ def _train(flags: argparse.Namespace, signals: Signals) -> int:
         raise UserError(
             f'the devices have too little memory ({cli.first_line(error)}): lower '
             f"config.data.batchsize_per_replica={rows}, or use config.model.remat='block', "
-            "config.precision='bfloat16' or config.sharding='zero'; --plan tells what each saves"
+            "config.precision='bfloat16' or config.sharding='zero'; --plan shows what each saves"
         ) from error
     return 0
 

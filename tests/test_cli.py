@@ -473,6 +473,7 @@ def lines_without_jax(run, new):
         if name not in ('export', 'replay'):
             yield name, [*words, '--config.evaluate.sise=3'], 'nearest one is --config.evaluate.si'
             yield name, [*words, '--config.evaluate.size=x'], 'must be a whole number'
+            yield name, [*words, '--config.evaluate.size=0'], 'config.evaluate.size=0: must be'
         if RUN in needed:
             missing = [word.replace(run, f'{new}/none') for word in words]
             yield name, missing, f'--workdir={new}/none holds no checkpoints'
@@ -483,7 +484,6 @@ def lines_without_jax(run, new):
             yield name, [*weights, '--config=none.py'], 'there is no such file'
             yield name, [*weights, '--config.evaluate.sise=3'], 'nearest one is --config.evaluate'
     yield 'train', [WITHOUT_JAX['plan'][0].format(**places)], '--workdir is missing'
-    yield 'knn', [f'--workdir={run}', '--config.evaluate.size=0'], 'config.evaluate.size=0: must be'
     yield 'replay', [new], 'holds no dump'
 
 

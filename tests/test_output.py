@@ -89,7 +89,7 @@ def test_a_run_goes_on_without_its_output(tmp_path):
                 process.communicate()
             assert process.wait() == 0
         said = (tmp_path / f'{name}.err').read_text()
-        assert ('the run goes on without printing' in said) == (name != 'whole')
+        assert ('the run continues without printing' in said) == (name != 'whole')
         assert said.count('\n') == (name != 'whole'), said
         assert (tmp_path / name / 'summary.json').is_file()
         losses[name] = [(row['step'], row['loss']) for row in rows(tmp_path / name)]

@@ -115,7 +115,7 @@ def test_slices_and_recomputing_show_in_the_memory():
         ({'optimizer.name': 'lars'}, None),
         ({'optimizer.name': 'lars', 'optimizer.use_larc': True}, 'optimizer.use_larc=True: set it'),
         ({'optimizer.name': 'lars', 'optimizer.larc_config.clip': True}, 'larc_config.clip=True'),
-        ({'data.source': 'folder:/none'}, 'the plan takes 1,281,167 images'),
+        ({'data.source': 'folder:/none'}, 'the plan assumes 1,281,167 images'),
     ],
 )
 def test_warnings_come_with_remedies(changes, warning):

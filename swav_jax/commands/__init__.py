@@ -3,7 +3,6 @@
 import argparse
 import ast
 import difflib
-import functools
 import importlib
 import importlib.util
 import sys
@@ -76,7 +75,6 @@ def _main(argv: Sequence[str]) -> int | None:
     return importlib.import_module(COMMANDS[name][0]).run(found)
 
 
-@functools.cache
 def _page(module: str) -> str:
     """The docstring of a module, read without importing it."""
     source = importlib.util.find_spec(module).loader.get_source(module)

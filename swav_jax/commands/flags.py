@@ -30,7 +30,7 @@ def train(parser: cli.Parser, argv: Sequence[str]) -> Flags:
     _add(parser, '--profile', cli.integer(), 'N', text, default=0)
 
     several = parser.add_argument_group('several processes that are one run')
-    text = 'join the others; SLURM, Open MPI or Kubernetes tells which, or else the flags below'
+    text = 'join the others, which SLURM, Open MPI or Kubernetes lists, or else the flags below'
     _add(several, '--distributed', cli.boolean, 'true|false', text, **switch)
     _add(several, '--coordinator', str, 'HOST:PORT', 'where process 0 listens')
     _add(several, '--num_processes', cli.integer(1), 'N', 'number of processes')
@@ -64,7 +64,9 @@ def preview(parser: cli.Parser, argv: Sequence[str]) -> Flags:
     text = 'picture to write, in the format of its name'
     _add(parser, '--output', _picture, 'FILE', text, default=Path('preview.png'))
     _add(parser, '--images', cli.integer(1, 1000), 'N', 'rows of the picture', default=6)
-    return _with_config(parser.parse(argv))
+    found = _with_config(parser.parse(argv))
+    settings.validate(found.config)
+    return found
 
 
 def knn(parser: cli.Parser, argv: Sequence[str]) -> Flags:
@@ -84,7 +86,7 @@ def linear(parser: cli.Parser, argv: Sequence[str]) -> Flags:
     _add_choice(parser, '--preset', ('swav', 'vissl', 'logistic'), 'recipe, see above')
     text = 'with --preset logistic: inverse strength of the penalty'
     _add(parser, '--c', cli.positive(), 'C', text, default=1.0)
-    return _with_classifier(parser.parse(argv), 'none')
+    return _with_classifier(parser.parse(argv), centres=True)
 
 
 def semi(parser: cli.Parser, argv: Sequence[str]) -> Flags:
@@ -235,7 +237,7 @@ def _with_network(found: Flags) -> Flags:
         if value is not None and not getattr(found, needs):
             raise UserError(f'--{flag}={value} goes with --{needs}')
     if found.weights:
-        config = cli.load_config(found.config) if found.config else settings.default()
+        config = settings.default() if found.config is None else cli.load_config(found.config)
         found.config = cli.override(config, found.changes)
         settings.validate(found.config)
         file = str(found.weights).rpartition(':')[0]  # of FILE:PART
@@ -252,10 +254,10 @@ def _with_network(found: Flags) -> Flags:
     return found
 
 
-def _with_classifier(found: Flags, *words: str) -> Flags:
-    """Replace the texts of --crop_scale by two numbers, or None for one of `words`."""
+def _with_classifier(found: Flags, centres: bool = False) -> Flags:
+    """Replace the texts of --crop_scale by two numbers, or by None for `none` with `centres`."""
     given = found.crop_scale
-    if len(given) == 1 and given[0] in words:
+    if centres and given == ['none']:
         found.crop_scale = None
     else:
         try:
@@ -263,15 +265,17 @@ def _with_classifier(found: Flags, *words: str) -> Flags:
         except ValueError:
             low = high = 0.0
         if not 0 < low <= high <= 1:
-            allowed = ', or '.join(['two numbers above 0 and at most 1', *words])
-            raise UserError(f'--crop_scale {" ".join(given)}: give {allowed}')
+            raise UserError(
+                f'--crop_scale {" ".join(given)}: give two numbers above 0 and at most 1'
+                + ', or none' * centres
+            )
         found.crop_scale = low, high
     return _with_network(found)
 
 
 def _picture(text: str) -> Path:
-    """The type of a flag that names a file for a figure; a PNG where its name has no ending."""
-    from matplotlib.backend_bases import FigureCanvasBase  # half a second that few mistakes need
+    """The type of a flag: a file for a figure, PNG if its name has no ending."""
+    from matplotlib.backend_bases import FigureCanvasBase  # takes half a second to import
 
     path = cli.new_file(text)
     known = FigureCanvasBase.get_supported_filetypes()

@@ -86,7 +86,7 @@ def count_images(config: ConfigDict) -> tuple[int, list[str]]:
     except UserError as error:
         assumed = limit or IMAGENET
         return assumed, [
-            f'{error}; the plan takes {assumed:,} images: --config.data.limit says another number'
+            f'{error}; the plan assumes {assumed:,} images: --config.data.limit sets another number'
         ]
     return len(source), []
 

@@ -1,6 +1,7 @@
 """A linear classifier on a trunk's features, the trunk frozen or fine-tuned with it."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,10 @@ def fit(
 
     first, last = int(state['step']), recipe.epochs * steps_per_epoch
     if first < last:
-        make = _centres if crop_scale is None else _crops
-        look, batches = make(model, train, batch_size, seed, crop_scale, first, out)
+        if crop_scale is None:
+            look, batches = _centres(model, train, batch_size, seed, first)
+        else:
+            look, batches = _crops(model, train, batch_size, seed, first, crop_scale, out)
         step = jax.jit(
             _make_step(model.net, net, tx, look),
             out_shardings=NamedSharding(mesh, meshes.REPLICATED),
@@ -190,7 +193,7 @@ def accuracies(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def _centres(
-    model: Model, source: Source, batch_size: int, seed: int, _: None, first: int, out: Path
+    model: Model, source: Source, batch_size: int, seed: int, first: int
 ) -> tuple[Look, Batches]:
     """Batches of features of the images' centres, which are computed once."""
     found = command.extract(model, source, has_head=False)
@@ -198,8 +201,8 @@ def _centres(
     share = batch_size // jax.process_count()
     start = jax.process_index() * share
 
-    def batches(step):
-        while True:
+    def batches():
+        for step in itertools.count(first):
             epoch, place = divmod(step, len(source) // batch_size)
             order = np.random.default_rng([seed, epoch]).permutation(len(source))
             chosen = order[place * batch_size :][start : start + share]
@@ -208,9 +211,8 @@ def _centres(
                 'label': source.labels[chosen],
                 'weight': weight[chosen],
             }
-            step += 1
 
-    return (lambda net, batch, train: batch['features']), batches(first)
+    return (lambda net, batch, train: batch['features']), batches()
 
 
 def _crops(
@@ -218,8 +220,8 @@ def _crops(
     source: Source,
     batch_size: int,
     seed: int,
-    scale: tuple[float, float],
     first: int,
+    scale: tuple[float, float],
     out: Path,
 ) -> tuple[Look, Batches]:
     """Batches of images, of which the network sees a random crop, flipped half of the time."""

@@ -102,13 +102,13 @@ def write(
       source: N images.
       scores: (N, K).
       temperature: of `soften`.
-      readable: (N,) bool, True for the M images to write.
+      readable: (N,) bool; M are True.
 
     Returns:
-      The assignments (M,).
+      The assignments (M,) of the readable images.
 
     Raises:
-      UserError: `out` holds files with such names that no call wrote.
+      UserError: `out` holds a file with the name of one of these that no call wrote.
     """
     scores = scores[readable]
     assignments, soft = assign(scores), soften(scores, temperature)

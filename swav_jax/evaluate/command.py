@@ -58,11 +58,6 @@ def open_pair(model: Model, flags: argparse.Namespace) -> tuple[Source, Source]:
 def extract(model: Model, source: Source, **options: Any) -> Features:
     """Compute features with a progress bar, and print a note on images that cannot be read.
 
-    Args:
-      model: the network.
-      source: the images.
-      **options: those of `extraction.extract`.
-
     Raises:
       UserError: as `extraction.check` does.
     """

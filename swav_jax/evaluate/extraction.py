@@ -89,16 +89,16 @@ def extract(
     share = np.array_split(np.arange(len(source)), jax.process_count())[jax.process_index()]
     mine = source if len(share) == len(source) else source.take(share)
     rows = -(-_rows(len(mine), config.evaluate.batch_size) // len(devices)) * len(devices)
-    batches = _batches(net, variables, mine, config, devices, rows, has_head)
+    batches = _results(net, variables, mine, config, devices, rows, has_head)
     if progress:
         batches = track(batches, 'features', total=-(-len(mine) // rows))
 
-    found, readable, done = None, np.zeros(len(mine), bool), 0
+    found, readable, done = {}, np.zeros(len(mine), bool), 0
     for results, weight in batches:
-        if found is None:
-            found = {name: allocate(name, (len(mine), *x.shape[1:])) for name, x in results.items()}
         place = slice(done, done + len(weight))
         for name, output in results.items():
+            if name not in found:
+                found[name] = allocate(name, (len(mine), *output.shape[1:]))
             found[name][place] = output
         readable[place] = weight > 0
         done += len(weight)
@@ -116,7 +116,7 @@ def _rows(count: int, most: int) -> int:
     return next((rows for rows in (8, 64, 512) if count <= rows <= most), most)
 
 
-def _batches(
+def _results(
     net: SwAVNet,
     variables: Any,
     source: Source,
@@ -190,12 +190,7 @@ def _gather(found: dict[str, np.ndarray], total: int) -> dict[str, np.ndarray]:
 
 
 def check(found: Features, source: Source, config: ConfigDict) -> list[str]:
-    """Refuse features that mean nothing; returns a line if images are left out.
-
-    Args:
-      found: features of `source`.
-      source: the images.
-      config: all settings; `data.max_bad_fraction` and `precision` are used.
+    """Refuse features of `source` that mean nothing; returns a line if images are left out.
 
     Raises:
       UserError: too many images cannot be read, or a feature is not finite.
@@ -211,12 +206,7 @@ def check(found: Features, source: Source, config: ConfigDict) -> list[str]:
 
 
 def check_readable(readable: np.ndarray, source: Source, max_bad_fraction: float) -> list[str]:
-    """Refuse images if too many cannot be read; returns a line on those that cannot.
-
-    Args:
-      readable: (N,) bool.
-      source: the N images.
-      max_bad_fraction: `config.data.max_bad_fraction`.
+    """Refuse images if too many are not `readable` (N,); returns a line on those that are not.
 
     Raises:
       UserError: none or too few can be read.

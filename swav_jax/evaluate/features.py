@@ -48,18 +48,14 @@ def save(
 ) -> dict[str, np.ndarray]:
     """Write features to `path`, an .npz file or a folder of .npy files that are memory maps.
 
-    The arrays of a call appear together and replace those of an earlier call.
-
-    Args:
-      path: the file or folder.
-      source: the images, for their names and labels.
-      compute: returns the features, in arrays that the given function allocates.
+    The arrays of a call, which `compute` gets a function to allocate, appear together and replace
+    those of an earlier call.
 
     Returns:
       The arrays by name, without `names`.
 
     Raises:
-      UserError: the folder holds files with such names that no call wrote.
+      UserError: the folder holds a file with the name of one of these that no call wrote.
     """
 
     def arrays(found: Features) -> dict[str, np.ndarray]:

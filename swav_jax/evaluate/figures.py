@@ -18,15 +18,11 @@ from swav_jax.evaluate.extraction import Features
 _LONGEST = 20  # letters of a name
 BLUE, ORANGE, GRAY = '#2563a8', '#c2571a', '#6b7280'
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl or events.jsonl, with finite values
 
 
 def loss(rows: Rows) -> Figure | None:
-    """The loss with ln K over the epochs, above the learning rate; None without a loss.
-
-    Args:
-      rows: rows of metrics.jsonl, whose values are finite.
-    """
+    """The loss with ln K over the epochs, above the learning rate; None without a loss."""
     rows = [row for row in rows if {'epoch', 'loss'} <= row.keys()]
     if not rows:
         return None
@@ -47,7 +43,7 @@ def loss(rows: Rows) -> Figure | None:
 
 
 def ln_k(rows: Rows) -> float | None:
-    """The loss of a network to which all images look alike; None if no row tells it."""
+    """The loss of a network to which all images look alike; None if no row has it."""
     both = ((row.get('loss'), row.get('loss_over_ln_k')) for row in rows)
     return next((value / share for value, share in both if value and share), None)
 
@@ -63,12 +59,7 @@ def metric(
 ) -> Figure | None:
     """A small figure of one number over the epochs; None if no row has it.
 
-    Args:
-      rows: rows of metrics.jsonl or events.jsonl, whose values are finite.
-      name: name of the number in them.
-      title: title of the figure.
-      reference: height of a dashed line.
-      label: text on that line.
+    `reference` is the height of a dashed line, with `label` on it.
     """
     epochs, values = _points(rows, name)
     if not len(values):
@@ -168,13 +159,13 @@ def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | Non
         figsize=(5.5, 5.5), layout='constrained'
     )  # so that names can be read on a phone
     axes = figure.subplots()
-    drawn, told = [], []
+    drawn, labels = [], []
     for group in np.unique(groups):
         x, y = points[groups == group].T
         color = colors(group % colors.N) if group >= 0 else GRAY
         drawn.append(axes.scatter(x, y, s=9, color=color, linewidths=0))
         if names:
-            told.append(_short(names[group]) if group >= 0 else 'unknown')
+            labels.append(_short(names[group]) if group >= 0 else 'unknown')
     axes.set_aspect('equal', 'datalim')
     axes.set_axis_off()
     if names:
@@ -188,7 +179,7 @@ def point_map(points: np.ndarray, groups: np.ndarray, names: Sequence[str] | Non
             markerscale=2,
             fontsize=10,
         )
-        for text, name in zip(legend.get_texts(), told, strict=True):
+        for text, name in zip(legend.get_texts(), labels, strict=True):
             text.set_parse_math(False)
             text.set_text(name)
     return figure

@@ -21,18 +21,12 @@ MAPPED = 1000  # images in a map: about 5 seconds of a CPU core
 
 
 def prototypes(found: Features, source: Source, *, most: int, images: int) -> list[dict[str, Any]]:
-    """The largest prototypes of the first head, largest first.
-
-    Args:
-      found: features of `source`.
-      source: the images.
-      most: how many prototypes at most; those without an image are left out.
-      images: how many images of each.
+    """At most `most` prototypes of the first head that have images, largest first.
 
     Returns:
       For each: `prototype`, its number; `size`, the number of its readable images; `nearest`, the
-      indices of the nearest ones; if some labels are known, `label` and `share`, the most frequent
-      class among these and its share.
+      indices of the nearest ones, at most `images`; if some labels are known, `label` and `share`,
+      the most frequent class among these and its share.
     """
     scores = found.scores[0]
     assignments = np.where(found.readable, clusters.assign(scores), -1)
@@ -55,15 +49,11 @@ def prototypes(found: Features, source: Source, *, most: int, images: int) -> li
 
 
 def neighbors(found: Features, *, queries: int, images: int) -> list[tuple[int, np.ndarray]]:
-    """Some images and their neighbours by trunk features, nearest first.
-
-    Args:
-      found: features of N images.
-      queries: how many images; if there are labels, spread over the classes.
-      images: how many neighbours of each.
+    """Some images, spread over the classes, and their neighbours by trunk features, nearest first.
 
     Returns:
-      Pairs of an image's index and its neighbours' indices; none if less than 2 can be read.
+      `queries` pairs of an image's index and the indices of at most `images` neighbours; none if
+      less than two images can be read.
     """
     usable = np.flatnonzero(found.readable)
     if len(usable) < 2:

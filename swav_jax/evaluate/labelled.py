@@ -47,7 +47,7 @@ class Pair:
 
 
 def pair(train: Source, test: Source, names: Sequence[str] = ('train', 'test')) -> Pair:
-    """Match the classes of two sources. A pair stays as it is.
+    """Match the classes of two sources. A pair is returned unchanged.
 
     Args:
       train: labelled images to learn from.
@@ -115,9 +115,7 @@ def learnable(
 ) -> tuple[np.ndarray, list[str]]:
     """Find the images of `test` in whose class some image of `train` can be read.
 
-    Args:
-      train, test: as `pair` matches them.
-      names: what messages call the two.
+    The classes of the two have been matched by `pair`.
 
     Returns:
       Their indices, and a line on the others if there are any.

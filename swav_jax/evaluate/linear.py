@@ -65,22 +65,11 @@ def run(flags: argparse.Namespace) -> None:
 
 
 def train_and_test(
-    flags: argparse.Namespace,
-    name: str,
-    recipe: Recipe,
-    model: Model,
-    train: Source,
-    test: Source,
+    flags: argparse.Namespace, name: str, recipe: Recipe, model: Model, train: Source, test: Source
 ) -> None:
     """Fit a classifier with the flags of `linear` or `semi`, print its accuracy, write result.json.
 
-    Args:
-      flags: the command line.
-      name: name of the folder for the results in the run's, unless --out names one.
-      recipe: what the flags do not set.
-      model: the network.
-      train: images to learn from.
-      test: images to test on.
+    The results go to --out, or the folder `name` in the run's. Flags change the recipe.
 
     Raises:
       UserError: a batch does not fit into memory, or as `classifier.fit` does.

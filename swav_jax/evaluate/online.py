@@ -167,11 +167,7 @@ class OnlineEvaluation:
     def run(self, state: TrainState, say: Callable[[str], None] = print) -> Results:
         """Evaluate a network; returns all numbers by name, none without labels.
 
-        Images that cannot be read do not count.
-
-        Args:
-          state: the network.
-          say: prints a line for the user.
+        Images that cannot be read do not count. `say` prints a line for the user.
 
         Raises:
           UserError: more images cannot be read than `config.data.max_bad_fraction` allows.

@@ -134,11 +134,11 @@ def replacing(out: Path, kind: str, pattern: str, below: float = math.inf) -> It
     Args:
       out: the folder.
       kind: what the files are, for the name of the record.
-      pattern: regular expression of all names that such calls may write.
+      pattern: regular expression of all names that calls of this kind may write.
       below: bound on numbers in the names that this call may write.
 
     Raises:
-      UserError: `out` holds files with such names that no call wrote.
+      UserError: `out` holds a file with one of these names that no call wrote.
     """
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):

@@ -55,13 +55,7 @@ def write_all(
 ) -> bool:
     """Write all that the module's docstring lists; prints what failed, and raises nothing.
 
-    Args:
-      workdir: the run's folder.
-      found: features of `source`.
-      source: the images to show, labelled or not.
-      train: the images that the run trains on, for its crops.
-      config: the run's settings.
-      step: steps of the run.
+    Shown are the images of `source` with their features, and crops of `train`, the run's images.
 
     Returns:
       Whether report.html was written.
@@ -108,13 +102,7 @@ def write(
     source: Source,
     crops: Sequence[Sequence[np.ndarray]] = (),
 ) -> list[str]:
-    """Write report.html and map.png from the run's log and from features of images.
-
-    Args:
-      workdir: the run's folder.
-      found: features of `source`.
-      source: the images to show, labelled or not.
-      crops: crops of some images, as `gallery.crops` returns them.
+    """Write report.html and map.png from the run's log, features of `source`, and `gallery.crops`.
 
     Returns:
       What failed and is not on the page, with the reasons.
@@ -128,7 +116,7 @@ def write(
         missing.without(name, lambda name=name: _read(workdir / name), {})
         for name in ('summary.json', 'config.json')
     )
-    about = missing.without('what config.json says', lambda: page.about_run(config), {})
+    about = missing.without('the settings of config.json', lambda: page.about_run(config), {})
     summary, metrics = _numbers(summary), page.measured(events)
     scatter = missing.without('the map', lambda: figures.embeddings(found, source))
     missing.without('map.png', lambda: _save(scatter, workdir / 'map.png'))
