@@ -28,9 +28,9 @@ from swav_jax.runs.signals import Signals
 
 def run(flags: argparse.Namespace) -> int:
     """Train, or print the plan; returns the exit code."""
-    alone = (flags.coordinator, flags.num_processes, flags.process_id) == (None, None, None)
-    alone = alone and not flags.distributed
-    if alone:  # before JAX is imported; several processes report a mistake together
+    place = flags.coordinator, flags.num_processes, flags.process_id
+    alone = not flags.distributed and place == (None, None, None)
+    if alone:  # before JAX is imported; several processes check their settings together
         settings.validate(flags.config)
     if flags.plan:
         from swav_jax.commands import plan
