@@ -1,10 +1,16 @@
 """Write docs/settings.md: every setting with its default, what it may be, and what it means.
 
-python scripts/settings_page.py > docs/settings.md
+    python scripts/settings_page.py --out docs/settings.md
+
+The page has the settings by section, then those of each trunk, as tables. A test compares the file
+with what this writes.
 """
 
 import itertools
+import sys
+from collections.abc import Sequence
 
+from swav_jax import cli
 from swav_jax.config import trunks
 from swav_jax.config.kinds import Kind
 from swav_jax.config.schedules import Schedule
@@ -18,7 +24,7 @@ DEFAULTS = {Schedule: 'warm-up, then a cosine', trunks.Trunk: 'a ResNet-50'}
 INTRODUCTION = """# Settings
 
 All settings of a run, by the sections of its config. `--config.SETTING=VALUE` sets one. The
-defaults are VISSL's recipe for ResNet-50. `python scripts/settings_page.py` writes this page.
+defaults are VISSL's recipe for ResNet-50. `scripts/settings_page.py` writes this page.
 """
 
 
@@ -56,5 +62,12 @@ def section_of(path: str) -> str:
     return first if dot else 'The run'
 
 
+def main(argv: Sequence[str]) -> None:
+    """Write the page."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument('--out', type=cli.new_file, required=True, help='file to write')
+    parser.parse(argv).out.write_text(page())
+
+
 if __name__ == '__main__':
-    print(page(), end='')
+    sys.exit(cli.run(main, sys.argv[1:]))

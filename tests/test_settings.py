@@ -97,7 +97,7 @@ def test_every_default_is_allowed_and_every_setting_is_explained():
 def test_the_page_of_settings_is_current():
     page = runpy.run_path(str(ROOT / 'scripts' / 'settings_page.py'))['page']()
     written = (ROOT / 'docs' / 'settings.md').read_text()
-    assert written == page, 'run python scripts/settings_page.py > docs/settings.md'
+    assert written == page, 'run python scripts/settings_page.py --out docs/settings.md'
 
 
 def test_every_seed_that_is_allowed_makes_other_weights():
