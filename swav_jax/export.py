@@ -18,7 +18,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from swav_jax import models, torch_weights
+from swav_jax import cli, models, torch_weights
+from swav_jax.cli.flags import export as parse_export
 from swav_jax.config import saved
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.terminal import printable
@@ -77,3 +78,6 @@ def run(flags: argparse.Namespace) -> None:
             step=flags.step,
         )
     )
+
+
+main = cli.command(__doc__, parse_export, run)

@@ -1,5 +1,6 @@
 """Flags, config files and overrides: what they mean, and one line for each mistake."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -514,7 +515,7 @@ def test_help_and_mistakes_of_every_command_are_fast(tmp_path):
 
 
 def test_choices_are_those_of_the_modules():
-    """`commands.flags` repeats them because the modules import JAX."""
+    """`cli.flags` repeats them because the modules import JAX."""
 
     def choices(name, *flags):
         try:
@@ -550,3 +551,10 @@ def test_help_with_a_config_lists_its_settings(capsys):
 def test_a_plan_by_the_console_script(capsys):
     assert commands.main(['plan', f'--config={ROOT}/scripts/tiny.py', '--replicas=2']) == 0
     assert 'steps ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', commands.COMMANDS)
+def test_every_command_has_a_main(name, capsys):
+    module = importlib.import_module(commands.COMMANDS[name][0])
+    assert module.main(['--nonsense=1']) == 2
+    assert "'--nonsense=1' is not known" in capsys.readouterr().err

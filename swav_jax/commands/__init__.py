@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from swav_jax import cli
-from swav_jax.commands import flags
+from swav_jax.cli import flags
 from swav_jax.errors import UserError
 
 # By name: the module whose `run` does the work, how the flags are parsed, what the command does.

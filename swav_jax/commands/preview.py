@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 
-from swav_jax import atomic, methods
+from swav_jax import atomic, cli, methods
 from swav_jax import config as settings
+from swav_jax.cli.flags import preview as parse_preview
 from swav_jax.data import pipeline, sources
 from swav_jax.errors import UserError
 from swav_jax.evaluate import figures, gallery
@@ -35,6 +36,9 @@ def run(flags: argparse.Namespace) -> None:
     """Draw the picture."""
     draw(flags.config, flags.output, flags.images)
     print(flags.output)
+
+
+main = cli.command(__doc__, parse_preview, run)
 
 
 def draw(config: ConfigDict, path: Path, images: int) -> None:

@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from swav_jax import cli, methods
 from swav_jax import config as settings
-from swav_jax import methods
+from swav_jax.cli.flags import replay as parse_replay
 from swav_jax.config import saved
 from swav_jax.data import pipeline, sources
 from swav_jax.data.images import Source
@@ -45,6 +46,9 @@ def run(flags: argparse.Namespace) -> int:
         print(f'in the run: {count} numbers of {printable(name)} were not finite')
     print('the step is finite' if metrics['finite'] else 'the step is not finite, as in the run')
     return 0 if metrics['finite'] else 3
+
+
+main = cli.command(__doc__, parse_replay, run)
 
 
 def replay(folder: Path) -> dict[str, float]:

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from swav_jax import cli
+from swav_jax.cli.flags import clusters as parse_clusters
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, outputs
@@ -55,6 +57,9 @@ def run(flags: argparse.Namespace) -> None:
             print(f'NMI {nmi(labels[known], assignments[known]):.4f}')
             print(f'purity {purity(labels[known], assignments[known]):.4f}')
     print(f'written to {printable(flags.out)}')
+
+
+main = cli.command(__doc__, parse_clusters, run)
 
 
 def assign(scores: np.ndarray) -> np.ndarray:

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from swav_jax import atomic
+from swav_jax import atomic, cli
+from swav_jax.cli.flags import features as parse_features
 from swav_jax.data.images import Source
 from swav_jax.evaluate import command, outputs
 from swav_jax.evaluate.extraction import Allocate, Features
@@ -41,6 +42,9 @@ def run(flags: argparse.Namespace) -> None:
     for name, array in arrays.items():
         print(f'{name} {array.dtype}{list(array.shape)}')
     print(f'written to {printable(flags.out)}')
+
+
+main = cli.command(__doc__, parse_features, run)
 
 
 def save(

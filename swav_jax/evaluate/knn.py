@@ -21,6 +21,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from swav_jax import cli
+from swav_jax.cli.flags import knn as parse_knn
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command
 
@@ -57,6 +59,9 @@ def run(flags: argparse.Namespace) -> None:
             num_classes=len(train.class_names),
         )
         print(f'k = {k:<4} top-1 {100 * np.mean(predicted == test_y):.2f}%')
+
+
+main = cli.command(__doc__, parse_knn, run)
 
 
 def accuracy(

@@ -30,7 +30,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swav_jax import atomic
+from swav_jax import atomic, cli
+from swav_jax.cli.flags import linear as parse_linear
 from swav_jax.cpu.host_memory import total_bytes
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
@@ -62,6 +63,9 @@ def run(flags: argparse.Namespace) -> None:
         _report(result, model, train, test, out)
     else:
         train_and_test(flags, 'linear', PRESETS[flags.preset], model, train, test)
+
+
+main = cli.command(__doc__, parse_linear, run)
 
 
 def train_and_test(

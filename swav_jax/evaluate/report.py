@@ -26,7 +26,8 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from swav_jax import atomic
+from swav_jax import atomic, cli
+from swav_jax.cli.flags import report as parse_report
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError
 from swav_jax.evaluate import command, figures, gallery, online, page
@@ -48,6 +49,9 @@ def run(flags: argparse.Namespace) -> None:
     if not write_all(model.workdir, found, source, train, config, model.step):
         raise UserError(f'{printable(model.workdir)}/report.html is not written')
     print(f'written to {printable(model.workdir / "report.html")}')
+
+
+main = cli.command(__doc__, parse_report, run)
 
 
 def write_all(

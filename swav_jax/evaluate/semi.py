@@ -24,6 +24,8 @@ import argparse
 
 import numpy as np
 
+from swav_jax import cli
+from swav_jax.cli.flags import semi as parse_semi
 from swav_jax.data.images import Source
 from swav_jax.evaluate import command, labelled, linear
 from swav_jax.evaluate.classifier import Recipe
@@ -60,3 +62,6 @@ def run(flags: argparse.Namespace) -> None:
     command.say(notes)
     preset = flags.preset or ('1' if flags.share < 0.05 else '10')
     linear.train_and_test(flags, 'semi', PRESETS[preset], model, train, test.take(kept))
+
+
+main = cli.command(__doc__, parse_semi, run)

@@ -207,6 +207,21 @@ def read_config(spec: str | None, changes: Sequence[tuple[str, str | None]]) -> 
     return None if spec is None else override(load_config(spec), changes)
 
 
+def command(
+    page: str,
+    parse: Callable[[Parser, Sequence[str]], argparse.Namespace],
+    work: Callable[[argparse.Namespace], int | None],
+) -> Callable[[Sequence[str]], int]:
+    """The `main(argv)` of a command, which returns its exit code.
+
+    Args:
+      page: what --help prints above the flags.
+      parse: one of `cli.flags`.
+      work: what the command does with its flags.
+    """
+    return lambda argv: run(lambda argv: work(parse(Parser(page), argv)), argv)
+
+
 def run(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Call `main` and return the exit code: 2 if `failure` has a line for what it raises.
 
