@@ -20,10 +20,9 @@ import optax
 from ml_collections import ConfigDict
 
 from swav_jax import config as settings
-from swav_jax import models, step
+from swav_jax import models, step, xla_flags
 from swav_jax.commands import plan
 from swav_jax.config import trunks
-from swav_jax.cpu import xla_settings
 from swav_jax.cpu.host_memory import give_back_freed_memory, keep_freed_memory
 from swav_jax.parallel.mesh import AXES, make_mesh
 from swav_jax.state import make_schedule, make_state
@@ -58,7 +57,7 @@ def measure(names: list[str], peer: bool, rounds: int) -> Figures:
     """Figures of each task; times in seconds, memory in MB."""
     found: Figures = {
         'device': device_name(),
-        'cores': xla_settings.cores(),
+        'cores': xla_flags.cores(),
         'rounds': rounds,
     }
     for name in names:
@@ -247,7 +246,7 @@ def peer_run(task: Task, config: ConfigDict) -> Callable[[], None]:
     on_gpu = jax.default_backend() == 'gpu'
     device = 'cuda' if on_gpu else 'cpu'
     if not on_gpu:
-        torch.set_num_threads(xla_settings.cores())
+        torch.set_num_threads(xla_flags.cores())
     _, hidden, dim = config.model.head.dims
     width = models.feature_width(models.build(config.model).trunk, channels=3)
     twin = Twin(task.arch, width, hidden, dim, config.model.head.num_clusters[0])
@@ -293,7 +292,7 @@ def main(name: str, kind: str) -> None:
     if kind == 'peer':
         import torch  # before the first look at the memory
     else:
-        xla_settings.set_defaults()  # as swav_jax.main does, and with it
+        xla_flags.set_defaults()  # as swav_jax.main does, and with it
         keep_freed_memory()
     config, before = make_config(TASKS[name]), resident()
     run = peer_run(TASKS[name], config) if kind == 'peer' else our_run(config, kind)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from swav_jax import atomic, cli
+from swav_jax import cli, files
 
 COUNTS = {'train': ('train', 10_000), 'test': ('t10k', 2_000)}
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--output', type=cli.new_file, required=True)
     flags = parser.parse(argv)
     arrays = subset(flags.source)
-    with atomic.replacing(flags.output) as part, part.open('wb') as file:
+    with files.replacing(flags.output) as part, part.open('wb') as file:
         np.savez_compressed(file, **arrays)
     print(f'{flags.output}: {flags.output.stat().st_size:,} bytes')
 

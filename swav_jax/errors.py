@@ -3,11 +3,11 @@
 An error that a user can fix is one line with the setting, its value, what is allowed, what to do.
 """
 
+import contextlib
 import errno
 import os
+import sys
 from typing import Any
-
-from swav_jax.terminal import printable
 
 _REMEDIES = {
     errno.EACCES: 'allow it, or name another place',
@@ -63,3 +63,25 @@ def show(value: Any) -> str:
         text = f'<{type(value).__name__}: {type(error).__name__}>'
     text = printable(text)
     return text if len(text) <= LONGEST else f'{text[:LONGEST]}…'
+
+
+def printable(name: object) -> str:
+    r"""Return a name on one line, without anything that controls a terminal.
+
+    Control characters, line breaks, bytes that are not text and characters that change the
+    direction of writing become escapes such as `\x1b`; letters and signs of all languages stay.
+    """
+    return ''.join(c if c.isprintable() else _escaped(c) for c in str(name))
+
+
+def _escaped(c: str) -> str:
+    if '\udc80' <= c <= '\udcff':  # how Python reads a byte of a file name that is not text
+        return f'\\x{ord(c) - 0xDC00:02x}'
+    return c.encode('unicode_escape').decode()
+
+
+def say(text: str) -> None:
+    """Write a line to stderr, from any thread, whatever locks other threads hold."""
+    show_cursor = '\x1b[?25h' if sys.stderr.isatty() else ''
+    with contextlib.suppress(OSError):  # nobody reads it: no reason to fail
+        os.write(2, f'{show_cursor}{text}\n'.encode())

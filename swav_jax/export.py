@@ -21,8 +21,8 @@ from typing import Any
 from swav_jax import cli, models, torch_weights
 from swav_jax.cli.flags import export as parse_export
 from swav_jax.config import saved
+from swav_jax.errors import printable
 from swav_jax.runs.checkpoint import Checkpoints
-from swav_jax.terminal import printable
 
 
 def export(

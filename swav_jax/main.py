@@ -42,9 +42,9 @@ def run(flags: argparse.Namespace) -> int:
     keep_freed_memory()
     cli.go_on_without_output()
     with Signals() as signals:  # before JAX starts threads, which would get the signals instead
-        from swav_jax.cpu import xla_settings
+        from swav_jax import xla_flags
 
-        xla_settings.set_defaults()
+        xla_flags.set_defaults()
         return _train(flags, signals) if alone else _train_with_others(flags, signals)
 
 

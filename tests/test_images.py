@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from swav_jax.data.images import ArraySource, FileSource, RangeSource
-from swav_jax.terminal import printable
+from swav_jax.errors import printable
 
 
 def labelled(labels, class_names=None):

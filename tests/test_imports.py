@@ -26,9 +26,9 @@ FORBIDDEN = {
 
 # Folders and files of swav_jax/: each imports from the lines above its own, not from beside it.
 LAYERS = (
-    ('terminal',),
-    ('errors', 'atomic'),
-    ('config', 'precision', 'cpu'),
+    ('errors',),
+    ('files',),
+    ('config', 'precision', 'cpu', 'xla_flags'),
     ('cli', 'parallel', 'data'),
     ('methods', 'models', 'augment', 'optim'),
     ('state',),

@@ -171,7 +171,7 @@ def test_programs_compiled_for_other_cores_are_not_taken(named):
     """XLA divides work among the cores it compiled with, which JAX's key does not contain."""
     code = (
         'import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); '
-        'import jax; from swav_jax.cpu import xla_settings; xla_settings.set_defaults(); '
+        'import jax; from swav_jax import xla_flags; xla_flags.set_defaults(); '
         'print(jax.config.jax_compilation_cache_dir)'
     )
     env = {k: v for k, v in os.environ.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
@@ -186,7 +186,7 @@ def test_programs_compiled_for_other_cores_are_not_taken(named):
 def test_a_step_on_the_cpu_is_made_when_it_is_called():
     """Queued, steps would each hold scratch: a ResNet-18's took 3.9 GB instead of 0.9."""
     code = (
-        'from swav_jax.cpu import xla_settings; xla_settings.set_defaults()\n'
+        'from swav_jax import xla_flags; xla_flags.set_defaults()\n'
         'import jax, jax.numpy as jnp\n'
         'x = jnp.ones((1500, 1500))\n'
         'product = jax.jit(lambda x: jax.lax.fori_loop(0, 20, lambda i, y: x @ y, x))\n'

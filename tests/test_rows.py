@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from swav_jax import atomic
+from swav_jax import files
 from swav_jax.runs.rows import Rows, put_aside_if_no_json, read_rows
 from swav_jax.runs.workdir import _OWN
 
@@ -135,17 +135,17 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     others = ['.notes.txt.0a1b2c3d', 'metrics.jsonl', '.metrics.jsonl.swp', '.hidden']
     for name in (*left, *others):
         (tmp_path / name).write_text('x')
-    atomic.remove_leftovers(tmp_path, _OWN)
+    files.remove_leftovers(tmp_path, _OWN)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
     for path in (tmp_path / 'none' / 'x.json', tmp_path / 'folder'):
         (tmp_path / 'folder').mkdir(exist_ok=True)
-        with pytest.raises(OSError) as caught, atomic.replacing(path) as temporary:
+        with pytest.raises(OSError) as caught, files.replacing(path) as temporary:
             temporary.write_text('x')
         assert caught.value.filename == str(path) and caught.value.filename2 is None
     long = tmp_path / ('é' * 127)
-    with atomic.replacing(long) as temporary:
+    with files.replacing(long) as temporary:
         temporary.write_text(json.dumps([]))
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / 'folder', long])

@@ -26,8 +26,7 @@ from ml_collections import ConfigDict
 
 from swav_jax import config as settings
 from swav_jax.config.file import BOOLEANS, load_config, override
-from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
-from swav_jax.terminal import printable
+from swav_jax.errors import SaidElsewhereError, UserError, os_error_line, printable
 
 
 class Parser(argparse.ArgumentParser):

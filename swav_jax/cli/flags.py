@@ -12,8 +12,7 @@ from typing import Any
 from swav_jax import cli
 from swav_jax import config as settings
 from swav_jax.config import saved
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable
 
 Flags = argparse.Namespace
 

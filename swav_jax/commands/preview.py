@@ -23,13 +23,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from ml_collections import ConfigDict
 
-from swav_jax import atomic, cli, methods
+from swav_jax import cli, files, methods
 from swav_jax import config as settings
 from swav_jax.cli.flags import preview as parse_preview
 from swav_jax.data import pipeline, sources
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
 from swav_jax.evaluate import figures, gallery
-from swav_jax.terminal import printable
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -62,7 +61,7 @@ def draw(config: ConfigDict, path: Path, images: int) -> None:
     figure = contact_sheet(source, batch, crops, titles, data)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path) as temporary, temporary.open('wb') as file:
+        with files.replacing(path) as temporary, temporary.open('wb') as file:
             figures.write(figure, file, dpi=100, format=path.suffix[1:].lower() or 'png')
     except OSError as error:
         raise UserError(f'--output={path} cannot be written ({error.strerror})') from error

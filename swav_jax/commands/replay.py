@@ -27,14 +27,13 @@ from swav_jax.cli.flags import replay as parse_replay
 from swav_jax.config import saved
 from swav_jax.data import pipeline, sources
 from swav_jax.data.images import Source
-from swav_jax.data.regular import open_regular
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
+from swav_jax.files import open_regular
 from swav_jax.parallel import mesh as meshes
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.runs.digest import named
 from swav_jax.state import make_schedule, make_state
 from swav_jax.step import make_train_step
-from swav_jax.terminal import printable
 
 
 def run(flags: argparse.Namespace) -> int:

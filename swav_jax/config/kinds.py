@@ -7,8 +7,7 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from swav_jax.errors import UserError, refusal
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable, refusal
 
 
 class Kind(Protocol):

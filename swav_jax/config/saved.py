@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 from swav_jax import config as settings
 from swav_jax.config import trunks
 from swav_jax.config.file import tuples
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable
 
 
 def check_folder(workdir: Path) -> None:

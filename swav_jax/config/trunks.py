@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, Protocol
 from ml_collections import ConfigDict
 
 from swav_jax.config.kinds import SWITCH, Kind, Section, one_of, positive, real, value_of, whole
-from swav_jax.errors import UserError, refusal
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable, refusal
 
 SECTION = 'config.model.trunk'
 WIDEST = 65_536  # channels or features

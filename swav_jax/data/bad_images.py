@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from swav_jax import atomic
+from swav_jax import files
 from swav_jax.data.images import Source
 from swav_jax.data.listing import some
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable
 
 
 class BadImages:
@@ -65,5 +64,5 @@ class BadImages:
         with contextlib.suppress(OSError):
             before = self.path.read_text('utf-8', 'backslashreplace').splitlines()
         lines = dict.fromkeys([*map(printable, before), *self.names.values()])  # in their order
-        with atomic.replacing(self.path) as temporary:
+        with files.replacing(self.path) as temporary:
             temporary.write_text(''.join(f'{line}\n' for line in lines), 'utf-8')

@@ -12,10 +12,9 @@ import numpy as np
 
 from swav_jax.data.images import FileSource
 from swav_jax.data.listing import some
-from swav_jax.data.names import EXTENSIONS, is_image
-from swav_jax.data.regular import absolute, open_regular, read_regular, split_options
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.data.names import EXTENSIONS, absolute, is_image, split_options
+from swav_jax.errors import UserError, printable
+from swav_jax.files import open_regular, read_regular
 
 OPTIONS = ('labels', 'remove_img_path_prefix', 'new_img_path_prefix')
 LOOKED_FOR = 100  # files of which one must exist when a list is opened

@@ -11,10 +11,8 @@ import numpy as np
 
 from swav_jax.data.images import FileSource
 from swav_jax.data.listing import OTHER_FORMATS, Remarks, Stamps, remembered, some, stamp
-from swav_jax.data.names import EXTENSIONS, is_hidden, is_image, is_other_picture
-from swav_jax.data.regular import absolute
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.data.names import EXTENSIONS, absolute, is_hidden, is_image, is_other_picture
+from swav_jax.errors import UserError, printable
 
 # A run's folder holds most of these files. A folder of data has no reason to hold three.
 RUN_FILES = frozenset(('lock', 'config.json', 'metrics.jsonl', 'events.jsonl', 'summary.json'))

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from swav_jax.data.regular import open_regular, read_regular
+from swav_jax.files import open_regular, read_regular
 
 MAX_FILE_BYTES = 2**29  # of one image
 SAMPLED = 256  # bytes of an image that stand for its content

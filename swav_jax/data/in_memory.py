@@ -10,8 +10,7 @@ from PIL import Image
 
 from swav_jax.data.images import ArraySource, FileSource, Source
 from swav_jax.data.sources import KINDS
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable
 
 FORMS = (
     'give a path, the bytes of an image file, a PIL image or a uint8 array (height, width) or '

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from swav_jax import atomic
-from swav_jax.data.regular import read_regular
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax import files
+from swav_jax.errors import UserError, printable
+from swav_jax.files import read_regular
 
 Stamps = dict[str, list[int]]
 RULES = 4  # raise it when other files are listed than before, so that no old listing is used
@@ -83,7 +82,7 @@ def remembered(key: str, build: Callable[[], tuple[Any, Stamps]], cache_dir: str
     content = {'key': key, 'settled': settled, 'stamps': stamps, 'listing': listing}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path) as part:
+        with files.replacing(path) as part:
             part.write_text(json.dumps(content | {'checksum': _checksum(listing)}))
     except OSError as error:
         raise UserError(

@@ -1,4 +1,9 @@
-"""Which names of files are those of images, and which are hidden."""
+"""Names of files: paths that users write, the endings of images, what is hidden."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from swav_jax.errors import UserError
 
 EXTENSIONS = (
     '.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.gif', '.webp', '.ppm', '.pgm', '.pbm',
@@ -31,3 +36,31 @@ def is_other_picture(name: str) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder with this name (without its path) is hidden from users."""
     return name.startswith('.') or name.lower() in HIDDEN
+
+
+def absolute(path: str) -> Path:
+    """The absolute path that a user means, ~ expanded.
+
+    Raises:
+      UserError: the text is no path.
+    """
+    try:
+        if '\0' in path:
+            raise RuntimeError('it holds a zero byte')
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f'{path!r} is no path ({error})') from error
+
+
+def split_options(spec: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """('path', {'key': 'value'}) of 'path?key=value&…'.
+
+    Raises:
+      UserError: a key is not allowed.
+    """
+    path, _, query = spec.partition('?')
+    options = dict(item.partition('=')[::2] for item in query.split('&') if item)
+    for key in options:
+        if key not in allowed:
+            raise UserError(f'{key!r} is not known after the ?; use {", ".join(allowed)}')
+    return path, options

@@ -19,7 +19,7 @@ from PIL import Image, features
 
 from swav_jax.data.images import ArraySource, Source
 from swav_jax.data.resize import Converter, fit
-from swav_jax.terminal import printable
+from swav_jax.errors import printable
 
 GRAY = 128  # level of the canvas in place of an unreadable image
 MAX_PIXELS = 89_478_485  # Pillow's limit, above which an image may be a decompression bomb

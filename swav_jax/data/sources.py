@@ -21,8 +21,7 @@ import numpy as np
 from swav_jax.cpu.host_memory import total_bytes
 from swav_jax.data import filelists, folders, tfds, torchvision_files, webdataset
 from swav_jax.data.images import ArraySource, Source
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable
 
 DEMO_FILE = Path(__file__).parent / 'fashion_mnist' / 'fashion_mnist.npz'
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from swav_jax.data.images import RangeSource
 from swav_jax.data.listing import Stamps, remembered, stamp
-from swav_jax.data.regular import absolute, open_regular, read_regular, split_options
+from swav_jax.data.names import absolute, split_options
 from swav_jax.errors import UserError
+from swav_jax.files import open_regular, read_regular
 
 MAX_CLASSES = 2**24  # each has a name
 NAME = re.compile(r'(\w+)(?:/([\w.-]+))?(?::(\d+\.\d+\.\d+))?')

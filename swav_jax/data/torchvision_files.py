@@ -17,8 +17,9 @@ import numpy as np
 
 from swav_jax.data import matlab
 from swav_jax.data.images import ArraySource
-from swav_jax.data.regular import absolute, open_regular, read_regular
+from swav_jax.data.names import absolute
 from swav_jax.errors import UserError
+from swav_jax.files import open_regular, read_regular
 
 FASHION_CLASSES = (
     'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',

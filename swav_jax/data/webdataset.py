@@ -16,10 +16,9 @@ import numpy as np
 
 from swav_jax.data.images import RangeSource
 from swav_jax.data.listing import OTHER_FORMATS, Remarks, Stamps, remembered, stamp
-from swav_jax.data.names import EXTENSIONS, is_hidden, is_image, is_other_picture
-from swav_jax.data.regular import absolute, open_regular
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.data.names import EXTENSIONS, absolute, is_hidden, is_image, is_other_picture
+from swav_jax.errors import UserError, printable
+from swav_jax.files import open_regular
 
 MAX_SHARDS = 100_000
 BLOCK = 512

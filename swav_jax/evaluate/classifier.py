@@ -19,13 +19,12 @@ from swav_jax import config as settings
 from swav_jax.data import pipeline
 from swav_jax.data.bad_images import BadImages
 from swav_jax.data.images import Source
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
 from swav_jax.evaluate import command, labelled
 from swav_jax.evaluate.model import Model
 from swav_jax.models.norm import BatchNorm
 from swav_jax.parallel import mesh as meshes
 from swav_jax.runs.checkpoint import Checkpoints
-from swav_jax.terminal import printable
 
 Tree = dict[str, Any]
 Batches = Iterator[dict[str, np.ndarray]]  # `label`, `weight` (B,) and the input of `Look`

@@ -23,9 +23,8 @@ import numpy as np
 from swav_jax import cli
 from swav_jax.cli.flags import clusters as parse_clusters
 from swav_jax.data.images import Source
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
 from swav_jax.evaluate import command, outputs
-from swav_jax.terminal import printable
 
 _WRITTEN = r'assignments\.csv|soft\.npy|prototype_(0|[1-9]\d*)\.txt'
 

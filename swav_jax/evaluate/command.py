@@ -6,12 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from swav_jax.data.images import Source
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
 from swav_jax.evaluate import extraction, labelled
 from swav_jax.evaluate import model as models
 from swav_jax.evaluate.extraction import Features
 from swav_jax.evaluate.model import Model
-from swav_jax.terminal import printable
 
 
 def load(flags: argparse.Namespace) -> Model:

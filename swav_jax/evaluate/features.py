@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from swav_jax import atomic, cli
+from swav_jax import cli, files
 from swav_jax.cli.flags import features as parse_features
 from swav_jax.data.images import Source
+from swav_jax.errors import printable
 from swav_jax.evaluate import command, outputs
 from swav_jax.evaluate.extraction import Allocate, Features
-from swav_jax.terminal import printable
 
 _WRITTEN = r'(trunk|embeddings|scores\d+|labels|readable|names)\.npy'
 
@@ -69,7 +69,7 @@ def save(
     if path.suffix == '.npz':
         found = arrays(compute(lambda _, shape: np.empty(shape, np.float32)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path) as temporary, temporary.open('wb') as file:
+        with files.replacing(path) as temporary, temporary.open('wb') as file:
             np.savez(file, **found, names=names)
         return found
 

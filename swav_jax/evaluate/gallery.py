@@ -12,9 +12,9 @@ from PIL import Image
 from swav_jax import augment
 from swav_jax.data import pillow, pipeline
 from swav_jax.data.images import ArraySource, Source
+from swav_jax.errors import printable
 from swav_jax.evaluate import clusters, knn
 from swav_jax.evaluate.extraction import Features
-from swav_jax.terminal import printable
 
 THUMBNAIL = 64  # pixels
 MAPPED = 1000  # images in a map: about 5 seconds of a CPU core

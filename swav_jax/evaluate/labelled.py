@@ -16,8 +16,7 @@ import numpy as np
 
 from swav_jax.data.images import Source
 from swav_jax.data.pillow import is_readable
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable
 
 SHOWN = 5  # names in a line
 # How images of each kind of source get labels.

@@ -30,15 +30,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from swav_jax import atomic, cli
+from swav_jax import cli, files
 from swav_jax.cli.flags import linear as parse_linear
 from swav_jax.cpu.host_memory import total_bytes
 from swav_jax.data.images import Source
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
 from swav_jax.evaluate import command, labelled, logistic, outputs
 from swav_jax.evaluate.classifier import Recipe, accuracies, describe, fit
 from swav_jax.evaluate.model import Model
-from swav_jax.terminal import printable
 
 PRESETS = {
     'swav': Recipe(epochs=100, learning_rate=0.3, weight_decay=1e-6),
@@ -125,7 +124,7 @@ def _report(
         'test_images': len(test),
         'test_images_and_labels': test.digest(labels=True, contents=True),
     }
-    with atomic.replacing(out / 'result.json') as path:
+    with files.replacing(out / 'result.json') as path:
         text = json.dumps(result | {'made_from': made_from}, indent=2)
         path.write_text(f'{text}\n', encoding='utf-8')
     print(f'top-1 {result["top1"]:.2f}%')

@@ -19,11 +19,10 @@ from swav_jax.config import saved
 from swav_jax.config.file import override
 from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
 from swav_jax.evaluate.extraction import Features, check_readable, extract, some_names
 from swav_jax.runs import digest
 from swav_jax.runs.checkpoint import Checkpoints
-from swav_jax.terminal import printable
 
 LOG = logging.getLogger(__name__)
 

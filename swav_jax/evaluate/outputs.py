@@ -14,9 +14,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from swav_jax import atomic
-from swav_jax.errors import UserError, os_error_line
-from swav_jax.terminal import printable
+from swav_jax import files
+from swav_jax.errors import UserError, os_error_line, printable
 
 # Endings of names that are meant as files.
 _FILES = (
@@ -159,5 +158,5 @@ def replacing(out: Path, kind: str, pattern: str, below: float = math.inf) -> It
 
 def _record(out: Path, kind: str, names: set[str]) -> None:
     text = json.dumps({'files': sorted(names)}, indent=2) + '\n'
-    with atomic.replacing(out / f'{kind}.json') as path:
+    with files.replacing(out / f'{kind}.json') as path:
         path.write_text(text, encoding='utf-8')

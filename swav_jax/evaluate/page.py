@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 import swav_jax
 from swav_jax.data.images import Source
+from swav_jax.errors import printable
 from swav_jax.evaluate import figures, gallery, online
 from swav_jax.evaluate.extraction import Features
-from swav_jax.terminal import printable
 
 CURVES = {  # by the names in metrics.jsonl
     'loss': 'Loss',

@@ -26,15 +26,14 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from swav_jax import atomic, cli
+from swav_jax import cli, files
 from swav_jax.cli.flags import report as parse_report
 from swav_jax.data.images import Source
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
 from swav_jax.evaluate import command, figures, gallery, online, page
 from swav_jax.evaluate.extraction import Features
 from swav_jax.runs.monitor import read_rows
 from swav_jax.runs.tensorboard import TensorBoard
-from swav_jax.terminal import printable
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -142,7 +141,7 @@ def write(
         labelled=found.labels is not None,
         **sections,
     )
-    with atomic.replacing(workdir / 'report.html') as path:
+    with files.replacing(workdir / 'report.html') as path:
         path.write_text(text, encoding='utf-8')
     return list(missing)
 
@@ -183,7 +182,7 @@ def _save(figure: Figure | None, path: Path) -> None:
     if figure is None:
         path.unlink(missing_ok=True)
         return
-    with atomic.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         figures.write(figure, temporary, dpi=120, format='png')
 
 

@@ -20,7 +20,7 @@ from typing import NoReturn
 import jax
 from jax._src import distributed as jax_distributed
 
-from swav_jax.terminal import printable, say
+from swav_jax.errors import printable, say
 
 HEARTBEAT_TIMEOUT = 60  # seconds after which a silent process counts as dead
 _NOTICE = 5  # seconds for which the main thread may find out by itself what another process tells

@@ -23,11 +23,10 @@ from absl import logging as absl_logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from swav_jax.errors import SaidElsewhereError, UserError
+from swav_jax.errors import SaidElsewhereError, UserError, printable
 from swav_jax.parallel import distributed
-from swav_jax.runs import description, digest, refusals
+from swav_jax.runs import description, digest, disk_errors
 from swav_jax.runs.checkpoint_folder import CheckpointFolder
-from swav_jax.terminal import printable
 
 _READ_AT_ONCE = 2**28  # bytes, of a checkpoint that is read back
 _LONGEST_WAIT = 60  # seconds for which one of several processes that fails finishes a save
@@ -305,7 +304,7 @@ class Checkpoints:
             raise
         except Exception as error:  # a damaged file fails in as many ways as it has bytes
             problem, kind = _first_line(error), _DAMAGED
-            if refused := refusals.find(error, refusals.NO_ACCESS):
+            if refused := disk_errors.find(error, disk_errors.NO_ACCESS):
                 problem, kind = refused, _KEPT_AWAY
         worst = distributed.largest(kind)
         if worst == _KEPT_AWAY:

@@ -18,11 +18,10 @@ from typing import Any
 
 import jax
 
-from swav_jax.data.regular import open_regular
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
+from swav_jax.files import open_regular
 from swav_jax.parallel import distributed
-from swav_jax.runs import refusals
-from swav_jax.terminal import printable
+from swav_jax.runs import disk_errors
 
 _PLAIN = re.compile(r'[\w ./,=+@~-]*')
 _LONGEST = 1000  # bytes of a path, to which orbax and TensorStore add some hundred
@@ -152,9 +151,9 @@ class CheckpointFolder:
                 f'{self.shown} is gone: it was moved or deleted while the run went on, or is no '
                 'folder. Put it back, then start again'
             )
-        if reason := refusals.find(error, refusals.NO_SPACE):
+        if reason := disk_errors.find(error, disk_errors.NO_SPACE):
             return self._no_space(reason)
-        if reason := refusals.find(error, refusals.OF_WRITERS) or refusals.status(error):
+        if reason := disk_errors.find(error, disk_errors.OF_WRITERS) or disk_errors.status(error):
             return (
                 f'no checkpoint can be written into {self.shown}, or no old one removed '
                 f'({reason}): give it and what it holds to the user who runs this, or name '

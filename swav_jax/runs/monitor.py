@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from swav_jax import atomic
+from swav_jax import files
 from swav_jax.runs.progress_line import ProgressLine, sentence
 from swav_jax.runs.rows import Rows, put_aside_if_no_json, read_rows
 from swav_jax.runs.tensorboard import TensorBoard
@@ -211,7 +211,7 @@ class Monitor:
             return dict(summary)
         rows = read_rows(self._workdir / 'metrics.jsonl', _COLUMNS)
         summary = _in_short(rows, self._batch_size) | summary
-        with atomic.replacing(self._workdir / 'summary.json') as path:
+        with files.replacing(self._workdir / 'summary.json') as path:
             path.write_text(json.dumps(summary, indent=2) + '\n')
         self.close()
         self._line.table(summary)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from swav_jax import atomic
+from swav_jax import files
 
 _BEGINNING = b'{"step": '
 _LONGEST_LINE = 2**20  # bytes; the rows have some hundred
@@ -47,7 +47,7 @@ class Rows:
             rows, sound = _read(self.path, frozenset(columns))
         kept = [row for row in rows if last and row['step'] <= last]
         aside = None
-        with atomic.replacing(self.path) as temporary:
+        with files.replacing(self.path) as temporary:
             temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
             if not sound:
                 aside = _put_aside(self.path)

@@ -11,7 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from swav_jax.terminal import say
+from swav_jax.errors import say
 
 # Requests of a process to all: they travel with the batch, and the largest one counts.
 SAVE, STOP, STOP_FOR_USER = 1, 2, 3

@@ -15,15 +15,14 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from swav_jax import atomic
 from swav_jax import config as settings
-from swav_jax.errors import UserError, os_error_line
-from swav_jax.runs.refusals import NO_SPACE
+from swav_jax import files
+from swav_jax.errors import UserError, os_error_line, printable
+from swav_jax.runs.disk_errors import NO_SPACE
 from swav_jax.runs.rows import put_aside_if_no_json
-from swav_jax.terminal import printable
 
 _LONGEST_NAME = 300  # bytes of the longest path below the folder
-# Files that a run writes into its folder by `atomic.replacing`.
+# Files that a run writes into its folder by `files.replacing`.
 _OWN = re.compile(
     r'(metrics|events)\.jsonl|(config|summary|listing-[0-9a-f]+)\.json|bad_images\.txt|report\.html'
     r'|(loss|prototypes|map)\.png'
@@ -123,7 +122,7 @@ def locked(workdir: Path) -> Iterator[None]:
         except OSError as error:
             error.filename = str(path)
             raise
-        atomic.remove_leftovers(workdir, _OWN)
+        files.remove_leftovers(workdir, _OWN)
         yield
     finally:
         os.close(lock)
@@ -138,6 +137,6 @@ def write_config(config: ConfigDict, workdir: Path) -> str | None:
     if jax.process_index() > 0:
         return None
     aside = put_aside_if_no_json(workdir / 'config.json')
-    with atomic.replacing(workdir / 'config.json') as path:
+    with files.replacing(workdir / 'config.json') as path:
         path.write_text(json.dumps(settings.to_dict(config), indent=2) + '\n')
     return aside

@@ -10,9 +10,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from swav_jax import models
-from swav_jax.errors import UserError
+from swav_jax.errors import UserError, printable
 from swav_jax.models.trunk import Trunk
-from swav_jax.terminal import printable
 from swav_jax.torch_weights.files import FORMATS, locate, read_tensors, write
 from swav_jax.torch_weights.layouts import (
     LAYOUTS,

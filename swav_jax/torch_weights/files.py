@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from swav_jax import atomic
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax import files
+from swav_jax.errors import UserError, printable
 from swav_jax.torch_weights.layouts import VISSL
 
 FORMATS = ('pth', 'safetensors')
@@ -120,7 +119,7 @@ def write(path: str | Path, state: Mapping[str, np.ndarray], file_format: str = 
         if path.exists() and not path.is_file():  # a folder, or a device that would be replaced
             raise UserError(f'--out={printable(path)} cannot be written (not a file): give another')
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(path) as temporary:
+        with files.replacing(path) as temporary:
             if file_format == 'safetensors':
                 from safetensors.torch import save
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swav_jax import models
-from swav_jax.errors import UserError
-from swav_jax.terminal import printable
+from swav_jax.errors import UserError, printable
 from swav_jax.torch_weights.layouts import VISSL
 
 # Prefixes of a model's names in a checkpoint. If one is found, names without it belong to

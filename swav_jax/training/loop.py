@@ -11,6 +11,7 @@ from swav_jax import config as settings
 from swav_jax import optim
 from swav_jax.cpu.host_memory import give_back_freed_memory
 from swav_jax.data import pipeline
+from swav_jax.errors import printable
 from swav_jax.evaluate import report
 from swav_jax.evaluate.online import Results
 from swav_jax.parallel import distributed, ending
@@ -21,7 +22,6 @@ from swav_jax.runs.profiling import Profile
 from swav_jax.runs.signals import SAVE, Signals
 from swav_jax.state import TrainState
 from swav_jax.step import make_train_step
-from swav_jax.terminal import printable
 from swav_jax.training.progress import Progress
 from swav_jax.training.setup import Setup, introduce
 

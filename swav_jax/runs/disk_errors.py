@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Collection
 
-from swav_jax.terminal import printable
+from swav_jax.errors import printable
 
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # The process may not open the file, whatever it holds.

@@ -1,11 +1,14 @@
-"""Writing files whole or not at all."""
+"""Files: written whole or not at all, and read only if they are regular."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 _LONGEST = 240  # bytes of a name, of the 255 that file systems take
 
@@ -41,3 +44,35 @@ def remove_leftovers(folder: Path, names: re.Pattern) -> None:
         if found and names.fullmatch(found[1]):
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file, or a link to one, to read it without a buffer.
+
+    Raises:
+      OSError: it is missing, cannot be read, or is a folder, a pipe, a socket or a device.
+    """
+    # Without O_NONBLOCK, opening a pipe waits for somebody to write to it.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, 'it is a folder', str(path))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, 'it is a pipe, socket or device, not a file', str(path))
+        return os.fdopen(descriptor, 'rb', buffering=0)
+    except OSError:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | Path, most: int | None = None) -> bytes:
+    """All bytes of a regular file.
+
+    Raises:
+      OSError: see `open_regular`; or it holds more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        return file.readall()
