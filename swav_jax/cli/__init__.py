@@ -97,7 +97,9 @@ class Parser(argparse.ArgumentParser):
         config = read_config(spec, changes) if known else ConfigDict()
         print(self.format_help(), end='')  # argparse's print_help ignores a failing output
         for name, value in settings.flatten(config):
-            print(f'  --{name}={settings.to_dict(value)}')
+            line = f'  --{name}={settings.to_dict(value)}'
+            about = settings.about(name, config)
+            print(f'{line:<50}  # {about}' if about else line)
         self.exit()
 
 

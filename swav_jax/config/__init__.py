@@ -10,12 +10,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from swav_jax.config import trunks
 from swav_jax.config.schedules import warmup_cosine
 from swav_jax.config.settings import MOST_STEPS, SETTINGS
 from swav_jax.config.validation import validate
 from swav_jax.errors import UserError
 
-__all__ = ['Sizes', 'default', 'flatten', 'sizes', 'to_dict', 'validate', 'warmup_cosine']
+__all__ = ['Sizes', 'about', 'default', 'flatten', 'sizes', 'to_dict', 'validate', 'warmup_cosine']
 
 
 def default() -> ConfigDict:
@@ -97,3 +98,13 @@ def flatten(config: ConfigDict, prefix: str = 'config') -> Iterator[tuple[str, o
             yield from flatten(value, f'{prefix}.{key}')
         else:
             yield f'{prefix}.{key}', value
+
+
+def about(name: str, config: ConfigDict) -> str:
+    """What a setting means, by its full name; '' for a part of a schedule."""
+    path = name.removeprefix('config.')
+    if path in SETTINGS:
+        return SETTINGS[path].about
+    fields = trunks.fields(config.model.trunk.name) if path.startswith('model.trunk.') else {}
+    key = path.rpartition('.')[2]
+    return fields[key].metadata['about'] if key in fields else ''
