@@ -251,6 +251,11 @@ def parse(found: Any) -> TrunkSettings:
     return settings
 
 
+def title(found: Mapping[str, Any] | ConfigDict) -> str:
+    """The trunk of a section in a word, like resnet50 or regnet_y_400mf."""
+    return f'{found["name"]}{found["depth"]}' if found['name'] == 'resnet' else str(found['name'])
+
+
 def fields(name: str) -> dict[str, dataclasses.Field]:
     """The settings of the trunk `name`, as fields of its dataclass."""
     make = TRUNKS[name]

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 import swav_jax
+from swav_jax.config import trunks
 from swav_jax.data.images import Source
 from swav_jax.errors import printable
 from swav_jax.evaluate import figures, gallery, online
@@ -60,11 +61,10 @@ def about_run(config: Mapping[str, Any]) -> dict[str, Any]:
     if not config:
         return {}
     trunk, data, head = config['model']['trunk'], config['data'], config['model']['head']
-    is_resnet = trunk['name'] == 'resnet'
     crops = zip(data['num_crops'], data['size_crops'], strict=True)
     return {
         'run': [
-            f'{trunk["name"]}, depth {trunk["depth"]}' if is_resnet else str(trunk['name']),
+            trunks.title(trunk),
             f'trained on {data["source"]}',
             'crops ' + ' + '.join(f'{n}×{size}' for n, size in crops),
         ],

@@ -1,12 +1,12 @@
 """What a checkpoint says of its arrays and of its run, sealed so that a change of it shows."""
 
-import functools
 import hashlib
 import json
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 
 from swav_jax.runs import digest
 
@@ -48,13 +48,11 @@ def described_shapes(content: dict[str, Any]) -> dict[str, str]:
 
 def nested(arrays: dict[str, dict], sharding: jax.sharding.Sharding) -> dict[str, Any]:
     """Described arrays as nested dicts of `jax.ShapeDtypeStruct`, which a reader can ask for."""
-    tree: dict[str, Any] = {}
-    for name, array in arrays.items():
-        *folders, leaf = name.split('/')
-        branch = functools.reduce(lambda branch, key: branch.setdefault(key, {}), folders, tree)
-        dtype = jnp.dtype(array['dtype'])
-        branch[leaf] = jax.ShapeDtypeStruct(array['shape'], dtype, sharding=sharding)
-    return tree
+    found = {
+        name: jax.ShapeDtypeStruct(x['shape'], jnp.dtype(x['dtype']), sharding=sharding)
+        for name, x in arrays.items()
+    }
+    return unflatten_dict(found, sep='/')
 
 
 def _sha256(content: Any) -> str:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from swav_jax import config as settings
 from swav_jax import methods, models, optim, torch_weights
+from swav_jax.config import trunks
 from swav_jax.data import pipeline, sources
 from swav_jax.evaluate.online import OnlineEvaluation
 from swav_jax.parallel import distributed
@@ -163,10 +164,8 @@ def introduce(setup: Setup, say: Callable[[str], None]) -> None:
     config, sizes, first_step = setup.config, setup.sizes, setup.first_step
     count = sum(x.size for x in jax.tree.leaves(setup.layout.whole().params))
     device = setup.mesh.devices.flat[0]
-    trunk = config.model.trunk
-    name = f'resnet{trunk.depth}' if trunk.name == 'resnet' else trunk.name
     say(
-        f'{name}, {count / 1e6:.2f} M parameters, {config.precision}; '
+        f'{trunks.title(config.model.trunk)}, {count / 1e6:.2f} M parameters, {config.precision}; '
         f'{setup.mesh.size} × {device.device_kind}'
     )
     say(
