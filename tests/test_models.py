@@ -153,9 +153,9 @@ def test_last_feature_map(trunk, size, last):
         (dict(depth=51), 'depth=51: must be one of 18, 34'),
         (dict(stem='tiny'), "stem='tiny': must be one of imagenet, small"),
         (dict(layer4_stride=3), 'layer4_stride=3: must be one of 1, 2'),
-        (dict(width_multiplier=0.0), r'width_multiplier=0\.0: must be a positive number'),
+        (dict(width_multiplier=0.0), r'width_multiplier=0\.0: must be a number above 0'),
         (dict(depth=18, groups=32), 'depth 18 has no grouped convolutions'),
-        (dict(name='regnet'), 'depth=0: must be from 1 to 256: a RegNet has no default depth, w_0'),
+        (dict(name='regnet'), 'depth=0: must be a whole number from 1 to 256'),
     ],
 )
 def test_a_trunk_that_does_not_exist_is_refused(trunk, message):

@@ -295,7 +295,12 @@ def params_of(workdir):
 
 
 @pytest.mark.parametrize(
-    'changes', [{}, {'train.per_crop_pass': True}, {'sharding': 'zero', 'precision': 'bfloat16'}]
+    'changes',
+    [
+        {},
+        pytest.param({'train.per_crop_pass': True}, marks=pytest.mark.slow),
+        pytest.param({'sharding': 'zero', 'precision': 'bfloat16'}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_network_without_batch_statistics_works_everywhere(config, changes, tmp_path):
     config.update_from_flattened_dict(changes)
@@ -325,6 +330,7 @@ def test_a_network_without_batch_statistics_works_everywhere(config, changes, tm
     )
 
 
+@pytest.mark.slow
 def test_classifiers_on_a_network_without_batch_statistics(config, tmp_path):
     training.run(config, tmp_path / 'run')
     model = swav_jax.load(tmp_path / 'run')
@@ -338,6 +344,7 @@ def test_classifiers_on_a_network_without_batch_statistics(config, tmp_path):
     assert np.any(np.asarray(params['trunk']['norm']['bias']) != before)
 
 
+@pytest.mark.slow
 def test_the_dump_of_a_network_without_batch_statistics_is_replayed(config, tmp_path):
     config.data.std = (1e-30,)  # squares overflow
     with pytest.raises(RunFailedError, match='step 1 is not finite'):
