@@ -1,4 +1,4 @@
-"""A training step from given crops, beside PyTorch's, and where its time goes."""
+"""A training step from given crops next to PyTorch's, and where its time goes."""
 
 import contextlib
 import functools
@@ -282,7 +282,7 @@ def resident(*, largest: bool = False) -> float:
 
 
 def forget_largest() -> None:
-    """Begin to look for the largest memory anew (clear_refs in proc(5))."""
+    """Reset the largest memory (clear_refs in proc(5))."""
     if (file := Path('/proc/self/clear_refs')).exists():
         file.write_text('5')
 

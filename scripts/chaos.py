@@ -6,8 +6,8 @@ A small run (queue, float16 with its loss scale) is killed with SIGKILL at rando
 starts, between steps, and while it writes a checkpoint. It is started again each time, and in the
 end compared with a run that nobody killed. Exit code 0 if all of this held:
 
-- each start went on from the newest checkpoint, so that none failed to load and no step before it
-  was lost;
+- each start resumed from the newest checkpoint, so none failed to load and no step before it was
+  lost;
 - every step is on record once, with a loss that is the same to the last bit;
 - the last state is the same to the last bit.
 """
@@ -48,7 +48,7 @@ def command(workdir: Path, kills: int) -> list[str]:
 
 
 def start(workdir: Path, kills: int, log: Path) -> subprocess.Popen:
-    """Begin a run or go on with it, in a process group of its own."""
+    """Start or resume a run, in a process group of its own."""
     environment = os.environ | {
         'JAX_PLATFORMS': 'cpu',
         'JAX_COMPILATION_CACHE_DIR': str(workdir.parent / 'compiled'),
@@ -85,7 +85,7 @@ def wait_for(place: str, run: subprocess.Popen, folder: Path, log: Path, target:
     if place == 'at the start':
         time.sleep(random.uniform(0, 10))
         return
-    # A start drops the rows after its checkpoint before it says what it is about to do.
+    # A start drops the rows after its checkpoint before it prints its introduction.
     while run.poll() is None and ('an epoch' not in log.read_text() or len(rows(folder)) < target):
         time.sleep(0.05)
     if place == 'in a checkpoint':
@@ -103,7 +103,7 @@ def rows(workdir: Path) -> list[tuple[int, float, float]]:
 
 
 def digests(workdir: Path) -> dict[str, dict]:
-    """Digests of the last state, read anew."""
+    """Digests of the last state, as they are on disk."""
     checkpoints = Checkpoints(workdir / 'checkpoints')
     found = checkpoints.arrays(newest(workdir))
     checkpoints.close()
@@ -111,7 +111,7 @@ def digests(workdir: Path) -> dict[str, dict]:
 
 
 def chaos(folder: Path, kills: int, seed: int) -> None:
-    """Do what the module says.
+    """Kill and resume a run, and compare it with one that nobody killed.
 
     Raises:
       AssertionError: something was lost.
@@ -132,10 +132,10 @@ def chaos(folder: Path, kills: int, seed: int) -> None:
         code = run.wait()
         text = log.read_text()
         assert 'damaged' not in text and 'Traceback' not in text, text
-        found = re.search('going on from step ([0-9,]+)', text)
+        found = re.search('resuming from step ([0-9,]+)', text)
         began = int(found[1].replace(',', '')) if found else 0
         if found or number == kills:
-            assert began == saved, f'it went on from {began}, not from checkpoint {saved}:\n{text}'
+            assert began == saved, f'it resumed from {began}, not from checkpoint {saved}:\n{text}'
         assert newest(killed) >= saved, 'a checkpoint is gone'
         saved = newest(killed)
         what = f'kill {number + 1:2}, {place}' if number < kills else f'ended with {code}'
@@ -149,7 +149,7 @@ def chaos(folder: Path, kills: int, seed: int) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse, and do what the module says."""
+    """Parse the flags and run."""
     parser = cli.Parser(__doc__)
     parser.add_argument('--kills', type=cli.integer(), default=20)
     parser.add_argument('--seed', type=cli.integer(), default=0, help='of the random moments')

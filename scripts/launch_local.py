@@ -4,9 +4,8 @@
 
 What follows the number is the command line of swav_jax.main. The GPUs of the machine are shared out
 evenly among the processes; without GPUs each has --cpu_devices (default 1) virtual CPU devices.
-Output is that of process 0, and errors of all. When a process fails the others end, too, in less
-than a minute; Ctrl-C and SIGTERM go to all of them. The exit code is that of the first one that
-failed.
+Prints the output of process 0 and the errors of all. When a process fails, the others end within a
+minute; Ctrl-C and SIGTERM go to all of them. The exit code is that of the first one that failed.
 """
 
 import argparse
@@ -78,11 +77,11 @@ def wait(processes: list[subprocess.Popen]) -> int:
         time.sleep(0.1)
     failed = first_failed(processes) if failed is None else failed
     code = 0 if failed is None else processes[failed].returncode
-    return code if code >= 0 else 128 - code  # as a shell says that a signal killed it
+    return code if code >= 0 else 128 - code  # a shell's code for a signal
 
 
 def first_failed(processes: list[subprocess.Popen]) -> int | None:
-    """The first process that has ended other than well."""
+    """The first process that failed."""
     return next((i for i, process in enumerate(processes) if process.poll()), None)
 
 

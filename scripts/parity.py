@@ -1,4 +1,4 @@
-"""Train a PyTorch twin beside swav_jax, from the same weights on the same crops, and compare.
+"""Train a PyTorch twin next to swav_jax, from the same weights on the same crops, and compare.
 
     python scripts/parity.py [--arch resnet18] [--steps 10] [--precision float64] [--batch 8]
 

@@ -29,7 +29,7 @@ class StoppedError(Exception):
     """A signal stopped the run after a checkpoint: `main` exits with 0, or with 4 after Ctrl-C."""
 
     def __init__(self, step: int, by_user: bool):
-        super().__init__(f'stopped after step {step:,}; the same command goes on from there')
+        super().__init__(f'stopped after step {step:,}; the same command resumes it')
         self.by_user = by_user
 
 

@@ -1,14 +1,14 @@
-"""How XLA compiles and runs; to be set before the first computation."""
+"""Flags of XLA on GPUs and CPUs, and the cache of compiled programs: set before the first computation."""
 
 import os
 from pathlib import Path
 
 import jax
 
-# All-reduces of gradients run beside the backward pass instead of after it.
+# GPUs: all-reduces of gradients run during the backward pass instead of after it.
 GPU_FLAGS = ('--xla_gpu_enable_latency_hiding_scheduler=true',)
 
-# A step frees what it can before it goes on, and takes little more than half of the memory.
+# CPUs: a step frees memory before it allocates more, and needs little more than half as much.
 CPU_FLAGS = ('--xla_cpu_enable_concurrency_optimized_scheduler=false',)
 
 
@@ -18,12 +18,13 @@ def set_defaults() -> None:
     JAX_COMPILATION_CACHE_DIR names another folder than ~/.cache/swav_jax/xla ('' keeps nothing). A
     flag that XLA_FLAGS names already stays as it is.
 
-    On the CPU each number of cores has a folder of its own in it. XLA shares work out among the
-    cores when it compiles, and JAX would not notice: compiled with one core, a RegNet's step takes
-    a sixth longer on two.
+    On the CPU each number of cores has its own folder in it. XLA divides work among the cores when
+    it compiles, but JAX's key of the cache does not contain their number: compiled with one core,
+    the step of a RegNet takes a sixth longer on two.
 
-    And a step on one CPU device is made when it is called. Queued behind another, its scratch would
-    be taken while the other still holds its own: two to five times the memory, and no time won.
+    On a single CPU device a step runs when it is called. A step that is queued behind another one
+    would allocate its scratch memory while the other still holds its own: two to five times the
+    memory, without gaining time.
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'swav_jax' / 'xla'
     on_gpu = Path('/dev/nvidiactl').exists()

@@ -305,7 +305,7 @@ def test_exported_weights_are_evaluated_like_the_run(workdir, tmp_path):
         (['--workdir={none}'], 'holds no checkpoints'),
         (['--workdir={run}', '--step=9'], 'not hold a checkpoint of step 9, only of 3'),
         (['--workdir={run}', '--train={flat}'], '--train={flat} has no labels'),
-        (['--workdir={run}', '--train=nonsense'], "'nonsense' is no kind of source"),
+        (['--workdir={run}', '--train=nonsense'], "'nonsense' is not a kind of source"),
         (['--workdir={run}', '--config.evaluate.sise=3'], '--config.evaluate.sise=3: '),
         (['--workdir={run}', '--config.evaluate.k=x'], '--config.evaluate.k=x: '),
         (

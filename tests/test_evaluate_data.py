@@ -338,7 +338,7 @@ def test_unknown_labels_are_no_class(evaluate, model, tmp_path):
         (knn, {'k': [1, 10**12]}, 'k=1000000000000 neighbours'),
         (linear, {'epochs': 10**12}, '1,000,000,000,000 epochs of 4 steps are too many'),
         (linear, {'train': 'synthetic:1x16'}, 'are of one class'),
-        (linear, {'out': '/'}, '--out=/ is no folder'),
+        (linear, {'out': '/'}, '--out=/ is not a folder'),
     ],
 )
 def test_flags_that_cannot_be_meant_so(evaluate, tmp_path, module, flags, message):

@@ -120,8 +120,8 @@ def test_lists_that_are_refused(folder, text, said):
         (np.array([True, False]), [1, 0]),
         (np.array([2**64 - 1, 5], np.uint64), [2**64 - 1, 5]),
         (np.array([3, -(2**40)], '>i8'), [3, -(2**40)]),
-        (np.array([0.5, 1]), '0.5, which is no whole number'),
-        (np.array([1, np.inf]), 'inf, which is no whole number'),
+        (np.array([0.5, 1]), '0.5, which is not a whole number'),
+        (np.array([1, np.inf]), 'inf, which is not a whole number'),
         (np.array([[1, 2]]), 'not a list of the right kind'),
         (np.array(['1', '2']), 'not a list of the right kind'),
         (np.array([1]), '2 images, but 1 labels'),
@@ -178,7 +178,7 @@ def test_what_a_list_names_is_read_only_if_it_is_a_file(folder, tmp_path):
 @pytest.mark.parametrize('name', ['a\0b.jpg', '\ud800.jpg', ''])
 def test_names_of_npy_that_no_file_has(folder, name):
     np.save(folder / 'x.npy', np.array(['a.jpg', name]))
-    assert 'which is no name of a file' in refusal(f'filelist:{folder}/x.npy')
+    assert 'which is not a name of a file' in refusal(f'filelist:{folder}/x.npy')
 
 
 def test_names_of_any_bytes(folder):

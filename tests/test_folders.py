@@ -183,8 +183,8 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, denied):
         ('/no/such/folder', 'there is no folder /no/such/folder'),
         ('/dev/null', 'there is no folder /dev/null'),
         ('/' + 'x' * 5000, 'File name too long'),
-        ('~nosuchuser/x', 'is no path'),
-        ('/a\0b', 'is no path'),
+        ('~nosuchuser/x', 'is not a path'),
+        ('/a\0b', 'is not a path'),
         ('/a\x1b[31m\nb', r'\x1b[31m\n'),
     ],
 )

@@ -78,5 +78,5 @@ def test_a_run_whose_folder_is_moved_ends_in_one_line(tmp_path):
     shutil.move(elsewhere, workdir)
     again = run(workdir, *flags, '--config.train.max_steps=500')
     assert again.returncode == 0, again.stderr
-    assert 'going on from step' in again.stdout
+    assert 'resuming from step' in again.stdout
     assert [row['step'] for row in rows(workdir)] == list(range(1, 501))

@@ -59,7 +59,7 @@ def labelled(made):
             [0, 2],
             ['of classes without images in train: kitten', 'classes of train: cat'],
         ),
-        # -1 is no class, and not the last one.
+        # -1 is not a class, and not the last one.
         (
             ([0, -1, 2, 1], CATS),
             ([-1, 0, -1], CATS),

@@ -124,7 +124,7 @@ DUMPS = {
     'about.json is a pipe': piped('about.json'),
     'an empty about.json': written('about.json', b''),
     'about.json is a list': written('about.json', b'[]'),
-    'about.json is no text': written('about.json', b'\xff\x00'),
+    'about.json is not a text': written('about.json', b'\xff\x00'),
     'about.json lacks its batch': edited(lambda about: about.pop('batch')),
     'another batch': edited(lambda about: about.update(batch=0)),
     'a huge batch': edited(lambda about: about.update(batch=10**30)),

@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_other_devices(moved, tmp_path):
     for count, workdir in (1, tmp_path), (2, moved):
         done = on_devices(count, workdir)
         assert done.returncode == 0, done.stderr
-    assert 'going on from step 6' in done.stdout
+    assert 'resuming from step 6' in done.stdout
     whole, parts = rows(tmp_path), rows(moved)
     assert [row['step'] for row in parts] == [row['step'] for row in whole] == list(range(1, 13))
     losses = [[row['loss'] for row in part] for part in (whole, parts)]

@@ -84,7 +84,7 @@ def test_a_signal_saves_and_ends_the_run(stopped, number, code):
     assert found['rows'][-1]['step'] == found['step'], 'no step is made that is not saved'
     assert 'Traceback' not in found['log']
     if found['first']:
-        assert f'going on from step {found["first"]:,}' in found['log']
+        assert f'resuming from step {found["first"]:,}' in found['log']
 
 
 @pytest.mark.slow

@@ -241,7 +241,7 @@ def test_the_usual_config_and_the_latest_version_are_found(tmp_path):
         ({'content': '[' * 100_000}, 'damaged'),
         ({'content': '{"a": 1, "a": 2}'}, 'damaged'),
         ({'content': '{}'}, 'no prepared dataset'),
-        ({'content': features(**{'../x': LABEL})}, 'which is no name'),
+        ({'content': features(**{'../x': LABEL})}, 'which is not a name'),
         ({'content': features(image=LABEL)}, 'has no images'),
         ({'info': {'splits': []}}, 'no split'),
         (

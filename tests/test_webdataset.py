@@ -129,7 +129,7 @@ def opened(path):
             [('d.png', {'type': tarfile.DIRTYPE}), 'd.png/x.png', ('f.png', {'type': b'6'})],
             ['d.png/x.png'],
             None,
-            'is no whole file (sparse, a device) (1: ',
+            'is not a whole file (sparse, a device) (1: ',
         ),
         (  # links of both kinds, to links, from before, to labels
             ['a/x.png', ('a/x.cls', b'4'), ('b/y.png', LINK | {'linkname': '../a/x.png'}),
@@ -202,7 +202,7 @@ def test_files_that_are_no_shards(tmp_path):
         (bz2.compress(whole), 'compressed (bzip2)'),
         (b'PK\3\4' + bytes(5000), 'no whole, uncompressed tar'),
         (bytes(10240), 'no images'),
-        (b'', 'x.tar is no whole, uncompressed tar file (it is empty)'),
+        (b'', 'x.tar is not a whole, uncompressed tar file (it is empty)'),
     ):
         path.write_bytes(content)
         assert said in refusal(f'webdataset:{path}')

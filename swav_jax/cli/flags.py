@@ -158,7 +158,7 @@ def _add(
     default: Any = None,
     **options: Any,
 ) -> None:
-    """Add a flag, whose help tells its default if it has one."""
+    """Add a flag, whose help gives its default if it has one."""
     if default is not None and default is not False and 'default' not in text:
         text += f' (default: {default})'
     parser.add_argument(name, type=kind, metavar=metavar, help=text, default=default, **options)

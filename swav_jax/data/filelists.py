@@ -60,7 +60,7 @@ def open_filelist(spec: str) -> FileSource:
         notes += more
     for name in names:
         if not _is_name(name):
-            raise UserError(f'{file} lists {name!r}, which is no name of a file')
+            raise UserError(f'{file} lists {name!r}, which is not a name of a file')
     if not names:
         raise UserError(f'{file} lists no images; it should hold one path a line')
     if 'labels' in options:
@@ -271,7 +271,7 @@ def _load_labels(file: Path) -> np.ndarray:
         unknown = np.isnan(labels)
         if not (whole | unknown).all():
             at = (whole | unknown).argmin()
-            raise UserError(f'{file} holds {labels[at]}, which is no whole number')
+            raise UserError(f'{file} holds {labels[at]}, which is not a whole number')
         labels = np.where(unknown, -1, labels)
     return labels.astype(np.int64) if labels.dtype.kind in 'bf' else np.array(labels)
 

@@ -21,7 +21,7 @@ HIDDEN = 'left out hidden folders, which torchvision would take for classes or s
 HIDDEN_FILES = 'left out hidden files that are named as images'
 RUNS = 'left out folders of runs with their pictures'
 PREVIEWS = 'left out pictures that swav_jax.commands.preview drew'
-NO_FILES = 'left out what is named as an image but is no file (a pipe, a device, a broken link)'
+NO_FILES = 'left out what is named as an image but is not a file (a pipe, a device, a broken link)'
 BESIDE = (
     'left out images beside the class folders, like torchvision; move them into one to use them'
 )
@@ -35,7 +35,7 @@ def open_folder(path: str, workdir: str | None) -> FileSource:
 
     - hidden files and folders (`.git`, `._x.jpg`, `.ipynb_checkpoints`, `@eaDir`, `__MACOSX`, …);
     - folders of runs, `workdir` and others, with everything in them;
-    - what has an image's name but is no file, and pictures of formats that are not read;
+    - what has an image's name but is not a file, and pictures of formats that are not read;
     - images beside two or more class folders, which torchvision ignores, too.
 
     Images beside a single folder of images are no class structure: all are used, unlabelled, those
@@ -90,7 +90,7 @@ def _list(root: str, workdir: str | None) -> tuple[dict[str, Any], Stamps]:
             for folder, images in sorted(scan.below(scan.prefix + name))
             for image in images
         ]
-        if files or scan.remarks.counts[RUNS] == runs:  # a folder of runs only is no class
+        if files or scan.remarks.counts[RUNS] == runs:  # a folder of runs only is not a class
             classes[name] = files
     filled = [name for name, files in classes.items() if files]
     files = [file for name in classes for file in classes[name]]

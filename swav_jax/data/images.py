@@ -71,7 +71,7 @@ class Source(abc.ABC):
         """(path, first byte, bytes) of a stored image; None for one in memory.
 
         Raises:
-          OSError: the file is missing or is no regular file.
+          OSError: the file is missing or is not a regular file.
         """
         return None
 
@@ -207,7 +207,7 @@ class FileSource(Source):
         """The whole file.
 
         Raises:
-          OSError: it cannot be read, is no regular file, such as a pipe, or is too large.
+          OSError: it cannot be read, is not a regular file, such as a pipe, or is too large.
         """
         return read_regular(self.paths[index], MAX_FILE_BYTES)
 
@@ -216,7 +216,7 @@ class FileSource(Source):
         path = self.paths[index]
         status = os.stat(path)  # noqa: PTH116 (a Path takes longer than the call)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, 'it is no regular file', path)
+            raise OSError(errno.EINVAL, 'it is not a regular file', path)
         return path, 0, status.st_size
 
     def _identity(self) -> Iterator[bytes]:

@@ -95,7 +95,7 @@ def _array(value: Any, name: str) -> np.ndarray:
         return np.asarray(value)
     except Exception as error:  # on another device, for example; each library has its own
         reason = printable(str(error).strip().partition('\n')[0])
-        raise UserError(f'{name} are no array that numpy can read: {reason}') from error
+        raise UserError(f'{name} are not an array that numpy can read: {reason}') from error
 
 
 def _item(item: Any, name: str, channels: int) -> str | bytes | Image.Image | np.ndarray:
@@ -106,7 +106,9 @@ def _item(item: Any, name: str, channels: int) -> str | bytes | Image.Image | np
         is_spec = colon and kind in KINDS and not os.path.exists(path)  # noqa: PTH110
         if is_spec or os.path.isdir(path):  # noqa: PTH112 (of a path too long: False)
             spec = path if is_spec else f'folder:{path}'
-            raise UserError(f'{printable(path)} is no image file: use extract({printable(spec)!r})')
+            raise UserError(
+                f'{printable(path)} is not an image file: use extract({printable(spec)!r})'
+            )
         return path
     if isinstance(item, bytes | bytearray | memoryview):
         return bytes(item)

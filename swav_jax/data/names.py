@@ -42,14 +42,14 @@ def absolute(path: str) -> Path:
     """The absolute path that a user means, ~ expanded.
 
     Raises:
-      UserError: the text is no path.
+      UserError: the text is not a path.
     """
     try:
         if '\0' in path:
             raise RuntimeError('it holds a zero byte')
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
-        raise UserError(f'{path!r} is no path ({error})') from error
+        raise UserError(f'{path!r} is not a path ({error})') from error
 
 
 def split_options(spec: str, allowed: Sequence[str]) -> tuple[str, dict[str, str]]:

@@ -132,7 +132,7 @@ def _open(
 
     Raises:
       UnreadableError: loading it would take too much memory.
-      Exception: the file cannot be read, or is no image.
+      Exception: the file cannot be read, or is not an image.
     """
     extent = source.extent(index)
     large = extent is not None and extent[2] > LARGE_BYTES

@@ -73,7 +73,8 @@ def _open(spec: str, channels: int, cache_dir: str | None) -> Source:
     kind, _, rest = spec.partition(':')
     if kind not in KINDS:
         raise UserError(
-            f'{kind!r} is no kind of source; use {", ".join(KINDS)}, as in folder:/path/to/images'
+            f'{kind!r} is not a kind of source; use {", ".join(KINDS)}, '
+            'for example folder:/path/to/images'
         )
     if not rest and kind not in ('demo', 'synthetic'):
         raise UserError(f'name the data after the colon, as in {kind}:…')

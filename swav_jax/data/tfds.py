@@ -101,19 +101,19 @@ def open_tfds(spec: str, cache_dir: str | None) -> TfdsSource:
         features = dict(info.features)
         file_format = info.file_format.value
     except Exception as error:  # whatever these files hold instead
-        raise UserError(f'{folder} is no prepared dataset ({_first_line(error)})') from error
+        raise UserError(f'{folder} is not a prepared dataset ({_first_line(error)})') from error
     if file_format != 'tfrecord':
         raise UserError(f'{name} is stored as {file_format}, not as tfrecord')
     try:
         shards = info.splits[split].file_instructions
         files = [str(shard.filename) for shard in shards]
-    except Exception as error:  # tfds has many for a split that is no split
+    except Exception as error:  # tfds has many for a split that is not a split
         known = ', '.join(info.splits)
         raise UserError(
             f'{name} has no split {split!r} ({_first_line(error)}); it has {known}'
         ) from error
     if not all(Path(file).parent == folder for file in files):
-        raise UserError(f'{folder} is no prepared dataset (it names files outside of it)')
+        raise UserError(f'{folder} is not a prepared dataset (it names files outside of it)')
     image_key, label_key = (
         next((key for key, feature in features.items() if isinstance(feature, kind)), None)
         for kind in (tfds.features.Image, tfds.features.ClassLabel)
@@ -141,7 +141,7 @@ def open_tfds(spec: str, cache_dir: str | None) -> TfdsSource:
     class_names = None
     if label_key is not None:
         if (features[label_key].num_classes or 0) > MAX_CLASSES:
-            raise UserError(f'{folder} is no prepared dataset (it has too many classes)')
+            raise UserError(f'{folder} is not a prepared dataset (it has too many classes)')
         class_names = features[label_key].names
     return TfdsSource(files, np.array(ranges, np.int64), names, image_key, label_key, class_names)
 
@@ -155,7 +155,7 @@ def _find(name: str, data_dir: Path) -> Path:
     found = NAME.fullmatch(name)
     if not found:
         raise UserError(
-            f'{name!r} is no name of a prepared dataset: write name, name/config or name:1.0.0'
+            f'{name!r} is not a name of a prepared dataset: write name, name/config or name:1.0.0'
         )
     camel, config, version = found.groups()
     # For tfds, MyData and my_data are the same.
@@ -209,7 +209,7 @@ def _check_features(folder: Path) -> None:
         content = json.loads(read_regular(file).decode(), object_pairs_hook=_unique)
         for key, value in _pairs(content):
             if '/' in key or '\\' in key:
-                raise UserError(f'{file} names the feature {key!r}, which is no name')
+                raise UserError(f'{file} names the feature {key!r}, which is not a name')
             if key not in ('pythonClassName', 'python_class_name', 'type'):
                 continue
             is_text = isinstance(value, str)
@@ -218,7 +218,7 @@ def _check_features(folder: Path) -> None:
             if key == 'type' and not (is_text and '.' in value):  # a feature that is called so
                 continue
             raise UserError(
-                f'{file} names {value!r}, which is no feature of tensorflow_datasets itself: '
+                f'{file} names {value!r}, which is not a feature of tensorflow_datasets itself: '
                 'its code is not run; prepare the dataset with features of tfds only'
             )
     except (ValueError, RecursionError) as error:

@@ -199,7 +199,7 @@ def _read_idx(path: Path, rank: int) -> np.ndarray:
     with open_regular(zipped if zipped.is_file() else path) as raw:
         file = gzip.GzipFile(fileobj=raw) if zipped.is_file() else raw
         if file.read(4) != bytes((0, 0, 8, rank)):
-            raise ValueError(f'{path.name} is no IDX file of bytes with {rank} dimensions')
+            raise ValueError(f'{path.name} is not an IDX file of bytes with {rank} dimensions')
         shape = struct.unpack(f'>{rank}i', file.read(4 * rank))
         if min(shape) < 0 or (count := math.prod(shape)) > MAX_UNPACKED:
             raise ValueError(f'{path.name} has the impossible size {list(shape)}')

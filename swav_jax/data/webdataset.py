@@ -32,7 +32,7 @@ EXTRA = (
     'left out further images of a sample: of x.jpg, x.png and x.seg.png the first plain one counts'
 )
 LINKS = 'left out linked images whose target is not in the same shard'
-NO_FILES = 'left out what is named as an image but is no whole file (sparse, a device)'
+NO_FILES = 'left out what is named as an image but is not a whole file (sparse, a device)'
 SEVERAL = 'samples of several images, each of which counts'
 Entry = tuple[int, int, str, int]  # first byte, bytes, name, label or -1
 Note = Callable[[str, str], None]  # adds a remark: the reason, the member's name
@@ -49,8 +49,8 @@ def open_webdataset(pattern: str, cache_dir: str | None) -> RangeSource:
     left out is reported in `notes`.
 
     Raises:
-      UserError: a shard is missing or is no whole tar file, a label is no number, or there is no
-        image.
+      UserError: a shard is missing or is not a whole tar file, a label is not a number, or
+        there is no image.
     """
     path = absolute(pattern)
     if os.path.isfile(path):  # noqa: PTH113 (whatever braces it has)
@@ -180,7 +180,7 @@ def _index(file: str, remarks: Remarks) -> list[Entry]:
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError, MemoryError,
             RecursionError) as error:  # fmt: skip
         raise UserError(
-            f'{file} is no whole, uncompressed tar file ({error}); copy or make it again'
+            f'{file} is not a whole, uncompressed tar file ({error}); copy or make it again'
         ) from error
 
 

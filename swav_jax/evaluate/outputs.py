@@ -37,7 +37,7 @@ def folder(out: str | Path) -> Path:
                 'name one without such an ending'
             )
         if path == path.parent or (path.exists() and not path.is_dir()):
-            raise UserError(f'--out={printable(out)} is no folder for results: name another')
+            raise UserError(f'--out={printable(out)} is not a folder for results: name another')
         _try_to_write(path)
     return path
 

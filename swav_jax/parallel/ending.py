@@ -113,7 +113,7 @@ def _meet_and_exit(code: int, line: str = '') -> NoReturn:
 
 
 def _wait_for_failure() -> None:
-    """The thread that ends this process when another one says that it failed."""
+    """The thread that ends this process when another one reports that it failed."""
     global _told
     client = jax_distributed.global_state.client
     failure = None

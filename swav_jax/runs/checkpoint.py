@@ -353,7 +353,7 @@ class Checkpoints:
 
     def _check_described(self, step: int, content: dict) -> None:
         if description.described_shapes(content) != description.shapes(self._stored(step)):
-            raise ValueError('its metadata tells of other arrays than it holds')
+            raise ValueError('its metadata describes other arrays than it holds')
 
     def _check_fit(self, step: int, content: dict, like: Any) -> None:
         """Refuse a checkpoint that holds other arrays than `like` does."""

@@ -148,7 +148,7 @@ class CheckpointFolder:
         if not self.is_there():
             self._remove_remains()
             return (
-                f'{self.shown} is gone: it was moved or deleted while the run went on, or is no '
+                f'{self.shown} is gone: it was moved or deleted during the run, or is not a '
                 'folder. Put it back, then start again'
             )
         if reason := disk_errors.find(error, disk_errors.NO_SPACE):
@@ -162,7 +162,7 @@ class CheckpointFolder:
         if isinstance(error, distributed.ApartError):
             return (
                 f'another process could not write its part of a checkpoint into {self.shown}: '
-                'see what it says, then start all of them again'
+                'see its output, then start all of them again'
             )
         return None
 

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its arrays and of its run, sealed so that a change of it shows."""
+"""The description of a checkpoint: its arrays and its run, with a checksum."""
 
 import hashlib
 import json

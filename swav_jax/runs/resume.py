@@ -1,4 +1,4 @@
-"""Resuming a run: what a checkpoint says of it, and which settings must not have changed."""
+"""Resuming a run: what a checkpoint records of it, and why a resume is refused."""
 
 import copy
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ MEASURED_WITH = (
 
 
 def describe(config: ConfigDict, global_batch: int, source: Source) -> dict[str, Any]:
-    """Return what a checkpoint says of its run; `source` are the images."""
+    """Return what a checkpoint records of its run; `source` are the images."""
     return {
         'config': settings.to_dict(config),
         'version': swav_jax.__version__,

@@ -75,7 +75,7 @@ def explanation(error: OSError, workdir: Path) -> UserError:
     path = printable(os.fsdecode(error.filename)) if error.filename else shown
     if error.errno in (errno.ENOENT, errno.ENOTDIR) and not os.path.lexists(workdir / 'lock'):
         return UserError(
-            f'--workdir={shown} is gone: it was moved or deleted while the run went on. Put it '
+            f'--workdir={shown} is gone: it was moved or deleted during the run. Put it '
             'back and start the same command again, or name another folder'
         )
     if error.errno in NO_SPACE:

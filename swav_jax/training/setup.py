@@ -183,7 +183,7 @@ def introduce(setup: Setup, say: Callable[[str], None]) -> None:
     for line in methods.make(config).notes(sizes):
         say(line)
     if first_step:
-        say(f'going on from step {first_step:,}')
+        say(f'resuming from step {first_step:,}')
     for first, last in setup.notes['left_out']:
         say(f'without batches {first:,} to {last:,}, which led to a step that is not finite')
     lines = (*setup.source.notes, *setup.evaluation.notes, *setup.said)
