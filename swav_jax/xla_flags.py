@@ -1,4 +1,4 @@
-"""Flags of XLA on GPUs and CPUs, and the cache of compiled programs: set before the first computation."""
+"""Flags of XLA on GPUs and CPUs, and the cache of compiled programs; before the first step."""
 
 import os
 from pathlib import Path

@@ -182,7 +182,7 @@ def test_no_module_that_the_data_name_is_imported(tmp_path, monkeypatch, content
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     spec = prepare(tmp_path, content)
-    assert 'no feature of tensorflow_datasets itself' in refusal(spec)
+    assert 'not a feature of tensorflow_datasets itself' in refusal(spec)
     assert not ran.exists() and 'evil_module' not in sys.modules
 
 
@@ -240,7 +240,7 @@ def test_the_usual_config_and_the_latest_version_are_found(tmp_path):
         ({'content': '['}, 'damaged'),
         ({'content': '[' * 100_000}, 'damaged'),
         ({'content': '{"a": 1, "a": 2}'}, 'damaged'),
-        ({'content': '{}'}, 'no prepared dataset'),
+        ({'content': '{}'}, 'not a prepared dataset'),
         ({'content': features(**{'../x': LABEL})}, 'which is not a name'),
         ({'content': features(image=LABEL)}, 'has no images'),
         ({'info': {'splits': []}}, 'no split'),
@@ -248,9 +248,9 @@ def test_the_usual_config_and_the_latest_version_are_found(tmp_path):
             {'content': json.dumps(features()).replace('"2"', '"1000000000000"'), 'names': None},
             'too many classes',
         ),
-        ({'info': {'splits': 3}}, 'no prepared dataset'),
+        ({'info': {'splits': 3}}, 'not a prepared dataset'),
         ({'info': {'fileFormat': 'array_record'}}, 'array_record, not as tfrecord'),
-        ({'info': {'fileFormat': 'exe'}}, 'no prepared dataset'),
+        ({'info': {'fileFormat': 'exe'}}, 'not a prepared dataset'),
         ({'template': '../../x/{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}, 'prepared dataset'),
         ({'template': '{DATASET}-{SPLIT}.{FILEFORMAT}-x-{SHARD_X_OF_Y}'}, 'cannot be read'),
         ({'template': '{NOTHING}'}, 'has no split'),

@@ -181,7 +181,7 @@ def test_a_shard_cut_short_anywhere_is_refused(tmp_path, kind):
     damaged = bytearray(whole)
     damaged[512 * 2 : 512 * 2 + 4] = b'zzzz'
     path.write_bytes(damaged)
-    assert 'no whole' in refusal(f'webdataset:{path}')
+    assert 'not a whole' in refusal(f'webdataset:{path}')
 
 
 def test_archives_one_after_another_are_all_read(tmp_path):
@@ -191,7 +191,7 @@ def test_archives_one_after_another_are_all_read(tmp_path):
     names, labels, source = opened(tmp_path / 'both.tar')
     assert (names, labels) == (['a.png', 'b.png'], [-1, 3]) and source.read(1) == picture(0)
     (tmp_path / 'both.tar').write_bytes(both + b'no tar' * 500)
-    assert 'no whole' in refusal(f'webdataset:{tmp_path}/both.tar')
+    assert 'not a whole' in refusal(f'webdataset:{tmp_path}/both.tar')
 
 
 def test_files_that_are_no_shards(tmp_path):
@@ -200,7 +200,7 @@ def test_files_that_are_no_shards(tmp_path):
     for content, said in (
         (gzip.compress(whole), 'compressed (gzip)'),
         (bz2.compress(whole), 'compressed (bzip2)'),
-        (b'PK\3\4' + bytes(5000), 'no whole, uncompressed tar'),
+        (b'PK\3\4' + bytes(5000), 'not a whole, uncompressed tar'),
         (bytes(10240), 'no images'),
         (b'', 'x.tar is not a whole, uncompressed tar file (it is empty)'),
     ):
@@ -223,7 +223,7 @@ def test_members_that_lead_back_or_away_end(tmp_path, size):
         info.pax_headers = {'size': str(size)}
         archive.addfile(info)
         archive.addfile(tarfile.TarInfo('b.png'))
-    assert 'no whole' in refusal(f'webdataset:{tmp_path}/0.tar')
+    assert 'not a whole' in refusal(f'webdataset:{tmp_path}/0.tar')
 
 
 def test_sparse_members_are_left_out(tmp_path):
