@@ -148,13 +148,13 @@ def test_one_step_has_shapes(name):
     sizes = settings.sizes(config, num_images=IMAGES, num_replicas=mesh.size)
     made = {}
 
-    def make_state():
+    def first_state():
         made['net'], made['tx'], made['layout'], state = make_state(
             config, sizes, learning_rate(config, sizes), mesh
         )
         return state
 
-    state = jax.eval_shape(make_state)
+    state = jax.eval_shape(first_state)
     step = make_train_step(made['net'], made['tx'], config, made['layout'])
     batch = traced.batch_shapes(config, sizes.batch_size)
     after, metrics, _ = jax.eval_shape(step, state, batch)
