@@ -14,6 +14,7 @@ from swav_jax.commands import traced
 from swav_jax.config import recipes
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
+from swav_jax.state import make_state
 from swav_jax.step import make_train_step
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
