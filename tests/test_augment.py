@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional
 
 from swav_jax import augment
+from swav_jax.augment import crop, distortion
 from swav_jax.config import default
 from swav_jax.data import pipeline, sources
 
@@ -54,14 +55,14 @@ def test_cut_is_pils_crop_and_resize(box, size):
     y, x, height, width = box
     expected = Image.fromarray(image).crop((x, y, x + width, y + height))
     expected = np.asarray(expected.resize((size, size), Image.BILINEAR)) / 255
-    ours = augment.cut(jnp.array(canvas), jnp.array(box, jnp.float32), size)
+    ours = crop.cut(jnp.array(canvas), jnp.array(box, jnp.float32), size)
     assert_close(ours, expected, 0.1, 1.01)
 
 
 def test_cut_reads_only_the_box():
     canvas = np.full((64, 64, 1), 255, np.uint8)
     canvas[10:20, 30:40] = 51
-    ours = augment.cut(jnp.array(canvas), jnp.array([10.0, 30.0, 10.0, 10.0]), 28)
+    ours = crop.cut(jnp.array(canvas), jnp.array([10.0, 30.0, 10.0, 10.0]), 28)
     np.testing.assert_allclose(ours, 0.2, atol=1e-6)
 
 
@@ -70,15 +71,15 @@ def test_cut_reads_only_the_box():
 )
 def test_cut_of_less_than_a_pixel_is_finite(box):
     canvas = np.full((64, 64, 3), 51, np.uint8)
-    ours = augment.cut(jnp.array(canvas), jnp.array(box), 8)
+    ours = crop.cut(jnp.array(canvas), jnp.array(box), 8)
     np.testing.assert_allclose(ours, 0.2, atol=1e-6)
 
 
 def test_cut_of_a_fractional_box_moves_continuously():
     canvas = jnp.array(photo(64, 64))
-    whole = np.asarray(augment.cut(canvas, jnp.array([8.0, 5.0, 30.0, 30.0]), 16))
+    whole = np.asarray(crop.cut(canvas, jnp.array([8.0, 5.0, 30.0, 30.0]), 16))
     for start in (7.99, 8.01):
-        ours = augment.cut(canvas, jnp.array([start, 5.0, 30.0, 30.0]), 16)
+        ours = crop.cut(canvas, jnp.array([start, 5.0, 30.0, 30.0]), 16)
         assert_close(ours, whole, 0.5, 2)
 
 
@@ -116,7 +117,7 @@ def test_jitter_is_torchvisions_in_every_order(factors):
         functional.adjust_saturation,
         functional.adjust_hue,
     ]
-    jitter = jax.jit(augment.jitter)
+    jitter = jax.jit(distortion.jitter)
     for order in itertools.permutations(range(4)):
         expected = to_torch(image)
         for operation in order:
@@ -133,7 +134,7 @@ def test_jitter_is_pils_up_to_its_rounding(factors):
     expected = functional.adjust_brightness(expected, factors[0])
     expected = functional.adjust_contrast(expected, factors[1])
     expected = functional.adjust_saturation(expected, factors[2])
-    ours = augment.jitter(
+    ours = distortion.jitter(
         jnp.array(image / np.float32(255)), jnp.arange(3), jnp.array(factors, jnp.float32)
     )
     assert_close(ours, np.asarray(expected) / 255, 1.5, 4)
@@ -146,12 +147,14 @@ def test_hue_of_gray_black_and_primaries():
     )[None]
     for turn in (-0.5, -0.2, 0.0, 1 / 3, 0.5):
         expected = from_torch(functional.adjust_hue(to_torch(colours), turn))
-        np.testing.assert_allclose(augment.turn_hue(jnp.array(colours), turn), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            distortion.turn_hue(jnp.array(colours), turn), expected, atol=1e-5
+        )
 
 
 def test_one_channel_jitter_keeps_brightness_and_contrast():
     image = photo(28, 28, channels=1) / np.float32(255)
-    ours = augment.jitter(jnp.array(image), jnp.array([1, 0]), jnp.array([0.6, 1.5, 0.1, 0.2]))
+    ours = distortion.jitter(jnp.array(image), jnp.array([1, 0]), jnp.array([0.6, 1.5, 0.1, 0.2]))
     expected = functional.adjust_contrast(to_torch(image), 1.5)
     expected = functional.adjust_brightness(expected, 0.6)
     assert_close(ours, from_torch(expected), 0.1, 1)
@@ -161,7 +164,7 @@ def test_one_channel_jitter_keeps_brightness_and_contrast():
 def test_blur_is_torchvisions_gaussian_and_near_pils(size, sigma):
     image = photo(size, size, seed=5)
     pixels = image / np.float32(255)
-    ours = augment.blur(jnp.array(pixels), jnp.float32(sigma), max_sigma=2.0)
+    ours = distortion.blur(jnp.array(pixels), jnp.float32(sigma), max_sigma=2.0)
     padded = np.pad(pixels, ((8, 8), (8, 8), (0, 0)), mode='edge')
     expected = functional.gaussian_blur(to_torch(padded), 17, sigma)
     assert_close(ours, from_torch(expected)[8:-8, 8:-8], 0.01, 0.05)
@@ -171,21 +174,21 @@ def test_blur_is_torchvisions_gaussian_and_near_pils(size, sigma):
 
 def test_no_blur_and_no_jitter_change_nothing():
     image = jnp.array(photo(32, 32) / np.float32(255))
-    np.testing.assert_array_equal(augment.blur(image, jnp.float32(0), max_sigma=2.0), image)
-    same = augment.jitter(image, jnp.array([3, 1, 0, 2]), jnp.array([1.0, 1.0, 1.0, 0.0]))
+    np.testing.assert_array_equal(distortion.blur(image, jnp.float32(0), max_sigma=2.0), image)
+    same = distortion.jitter(image, jnp.array([3, 1, 0, 2]), jnp.array([1.0, 1.0, 1.0, 0.0]))
     np.testing.assert_allclose(same, image, atol=1e-6)
 
 
 def test_flip_and_gray():
     image = photo(32, 32) / np.float32(255)
-    choice = augment.Distortion(
+    choice = distortion.Distortion(
         flip=jnp.array(True),
         order=jnp.arange(4),
         factors=jnp.array([1.0, 1.0, 1.0, 0.0]),
         gray=jnp.array(True),
         sigma=jnp.float32(0),
     )
-    ours = augment.distort(jnp.array(image), choice, max_sigma=2.0)
+    ours = distortion.distort(jnp.array(image), choice, max_sigma=2.0)
     expected = functional.rgb_to_grayscale(functional.hflip(to_torch(image)), 3)
     assert_close(ours, from_torch(expected), 0.1, 1)
 
@@ -194,7 +197,7 @@ def choices(count, channels=3, **settings):
     config = default().augment
     config.update(settings)
     keys = jax.random.split(jax.random.key(7), count)
-    return jax.vmap(lambda key: augment.draw(key, config, channels))(keys)
+    return jax.vmap(lambda key: distortion.draw(key, config, channels))(keys)
 
 
 def test_draws_follow_torchvisions_distributions():
@@ -290,7 +293,7 @@ def test_multi_crop_without_distortions_is_cut():
     data = crop_settings(num_crops=(2,), size_crops=(24,))
     render = functools.partial(augment.multi_crop, seed=0, data=data, augment=config)
     (crops,) = jax.jit(render)(batch)
-    expected = augment.cut(jnp.array(batch['image'][2]), jnp.array(batch['boxes'][2, 1]), 24)
+    expected = crop.cut(jnp.array(batch['image'][2]), jnp.array(batch['boxes'][2, 1]), 24)
     np.testing.assert_allclose(crops[8 + 2], (expected - 0.4) / 0.2, atol=1e-4)
 
 
