@@ -545,7 +545,7 @@ def test_help_with_a_config_lists_its_settings(capsys):
     for name in ('train', 'knn', 'preview'):
         words = [f'--config={ROOT}/configs/demo.py', '--help', '--config.loss.epsilon=0.5']
         assert commands.main([name, *words]) == 0
-        assert '\n  --config.loss.epsilon=0.5\n' in capsys.readouterr().out
+        assert '\n  --config.loss.epsilon=0.5  ' in capsys.readouterr().out
 
 
 def test_a_plan_by_the_console_script(capsys):

@@ -141,7 +141,7 @@ REFUSED = {
     'source': ('demo:test', r"extract\('demo:test'\)"),
     'source in a list': (['folder:/pictures'], r"extract\('folder:/pictures'\)"),
     'folder': ('/tmp', "extract\\('folder:/tmp'\\)"),
-    'tensor with a gradient': (torch.zeros(8, 8, requires_grad=True), 'no array'),
+    'tensor with a gradient': (torch.zeros(8, 8, requires_grad=True), 'not an array'),
 }
 
 

@@ -143,7 +143,7 @@ def test_help_lists_the_settings_of_the_trunk_that_a_flag_names(capsys):
     assert main.main(argv) == 0
     found = capsys.readouterr().out
     assert '--config.model.trunk.name=regnet_y_400mf\n' in found
-    assert '--config.model.trunk.stem=imagenet\n' in found
+    assert '--config.model.trunk.stem=imagenet  ' in found
     assert '--config.model.trunk.depth' not in found
 
 
