@@ -15,7 +15,17 @@ from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
-from swav_jax.config.kinds import SWITCH, Kind, Section, one_of, positive, real, value_of, whole
+from swav_jax.config.kinds import (
+    SWITCH,
+    Kind,
+    Scalar,
+    Section,
+    one_of,
+    positive,
+    real,
+    value_of,
+    whole,
+)
 from swav_jax.errors import UserError, printable, refusal
 
 SECTION = 'config.model.trunk'
@@ -54,6 +64,11 @@ def setting(default: Any, kind: Kind, about: str) -> Any:
       about: what it means, for docs/settings.md.
     """
     return dataclasses.field(default=default, metadata={'kind': kind, 'about': about})
+
+
+def given(kind: Scalar) -> Scalar:
+    """A kind of settings that have to be given, because no value suits most trunks."""
+    return dataclasses.replace(kind, words=f'{kind.words}; it has no default')
 
 
 @dataclass(frozen=True)
@@ -112,11 +127,11 @@ class Stage(NamedTuple):
 class RegNet:
     """RegNetX and RegNetY (Radosavovic et al., 2020, 2003.13678): see `stages`."""
 
-    depth: int = setting(0, whole(1, 256), 'blocks')
-    w_0: int = setting(0, whole(8, WIDEST), 'width of the first block, a multiple of 8')
+    depth: int = setting(0, given(whole(1, 256)), 'blocks')
+    w_0: int = setting(0, given(whole(8, WIDEST)), 'width of the first block, a multiple of 8')
     w_a: float = setting(0.0, real(0, WIDEST), "slope of the blocks' widths")
-    w_m: float = setting(0.0, ABOVE_1, "ratio of the stages' widths")
-    group_width: int = setting(0, whole(1, WIDEST), 'channels of a group in the 3×3 convolutions')
+    w_m: float = setting(0.0, given(ABOVE_1), "ratio of the stages' widths")
+    group_width: int = setting(0, given(whole(1, WIDEST)), 'channels of a group (3×3 convolutions)')
     se_ratio: float = setting(0.25, real(0, 16), 'squeeze-and-excitation; 0: none (RegNetX)')
     stem: str = setting('imagenet', STEM, '3×3, stride 2; small: stride 1')
 

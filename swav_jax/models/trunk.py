@@ -1,5 +1,6 @@
 """The interface of a trunk: what the rest of the package knows of it."""
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -25,11 +26,12 @@ class Trunk(nn.Module):
 
     torch_blocks: ClassVar[str]
 
+    @abc.abstractmethod
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images (N, H, W, channels) → features (N, F), float32 or wider."""
-        raise NotImplementedError
 
     @staticmethod
+    @abc.abstractmethod
     def torch_name(modules: Sequence[str], layout: str) -> str:
         """The name in PyTorch of a module, given by the names that lead to it.
 
@@ -37,4 +39,3 @@ class Trunk(nn.Module):
           modules: as ('layer1_0', 'conv1').
           layout: one of `torch_weights.LAYOUTS`.
         """
-        raise NotImplementedError

@@ -21,7 +21,7 @@ _NUMPY = (
 
 
 class _Skipped:
-    """A placeholder for NumPy's numbers in a checkpoint.
+    """Takes the place of NumPy's numbers in a checkpoint.
 
     Unpickling them would not be safe, and only tensors are needed.
     """
