@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 
 
-class Trunk(nn.Module):
+class Trunk(nn.Module, abc.ABC):
     """Images to pooled features.
 
     Attributes:
