@@ -23,7 +23,7 @@ OTHER_FORMATS = 'left out pictures of formats that are not read; convert them to
 def some(names: Iterable[str], count: int, shown: int = SHOWN) -> str:
     """The first of `count` names in one line: "a, b, c and 12 more"."""
     first = [printable(name) for name, _ in zip(names, range(shown), strict=False)]
-    more = f' and {count - len(first)} more' if count > len(first) else ''
+    more = f' and {count - len(first):,} more' if count > len(first) else ''
     return ', '.join(first) + more
 
 

@@ -16,6 +16,7 @@ from rich.progress import track
 from swav_jax import augment
 from swav_jax.data import pipeline
 from swav_jax.data.images import Source
+from swav_jax.data.listing import some
 from swav_jax.errors import UserError
 from swav_jax.evaluate import labelled
 from swav_jax.models import SwAVNet
@@ -228,7 +229,7 @@ def check_readable(readable: np.ndarray, source: Source, max_bad_fraction: float
 
 def some_names(source: Source, rows: np.ndarray) -> str:
     """The names of the first of some images, and how many more there are."""
-    return labelled.few([source.name(int(i)) for i in rows[: labelled.SHOWN]], len(rows))
+    return some((source.name(int(i)) for i in rows), len(rows), labelled.SHOWN)
 
 
 def not_finite(found: Features) -> list[str]:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from swav_jax.data.images import Source
+from swav_jax.data.listing import some
 from swav_jax.data.pillow import is_readable
 from swav_jax.errors import UserError, printable
 
@@ -165,7 +166,6 @@ def _keys(
     ]
 
 
-def few(names: Sequence[str], count: int | None = None) -> str:
-    """The first names as text, and how many more of `count` there are (default: all of `names`)."""
-    more = (len(names) if count is None else count) - SHOWN
-    return ', '.join(map(printable, names[:SHOWN])) + (f' and {more:,} more' if more > 0 else '')
+def few(names: Sequence[str]) -> str:
+    """The first names as text, and how many more there are."""
+    return some(names, len(names), SHOWN)
