@@ -179,6 +179,22 @@ def test_one_that_fails_alone_tells_the_others_why(start):
         assert 'error: process 1 has ended (disk.1: No space left on device): start all' in text
 
 
+def test_an_abort_while_a_process_leaves_keeps_its_exit_code():
+    """Process 0 may exit before the answer of the last barrier has reached the others."""
+    leave = """
+import os
+from swav_jax.parallel import ending
+class Client:
+    key_value_set = lambda *_: None
+    wait_at_barrier = lambda *_: os.abort()
+ending.jax_distributed.global_state.client = Client()
+ending.catch_aborts()
+ending.leave(2, 'disk full')
+"""
+    done = subprocess.run([sys.executable, '-c', leave], env=environment(), capture_output=True)
+    assert (done.returncode, done.stderr) == (2, b'')
+
+
 @pytest.mark.slow
 def test_a_collapse_of_all_leaves_the_save_in_flight_whole(start, tmp_path):
     """The step before the one that ends the run is being saved."""
