@@ -1,4 +1,4 @@
-"""LARC and SGD as optax transformations, parameters that start frozen, learning-rate schedules.
+"""LARC, SGD and Adam as optax transformations, frozen parameters, learning-rate schedules.
 
 The order of operations is apex's and PyTorch's: decay and LARC act on the gradient, momentum sums
 the result, the learning rate multiplies the sum. (optax.lars multiplies before the momentum.)
@@ -97,31 +97,61 @@ def freeze_first(
       ValueError: at `init`, if a pattern fits no parameter.
     """
 
-    def frozen_for(params):
-        def of(path, _):
-            name = f'/{path_name(path)}/'
-            return max((n for pattern, n in iters.items() if f'/{pattern}/' in name), default=0)
-
+    def check(params):
         names = [f'/{path_name(path)}/' for path, _ in jax.tree.leaves_with_path(params)]
         for pattern in iters:
             if not any(f'/{pattern}/' in name for name in names):
                 raise ValueError(f'the pattern {pattern!r} fits none of the parameters')
-        return jax.tree.map_with_path(of, params)
 
     def init(params):
-        frozen_for(params)
+        check(params)
         return FreezeState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(grads, state, params=None):
         def thaw(tree):
             return jax.tree.map(
-                lambda x, n: jnp.where(state.count < n, 0, x) if n else x, tree, frozen_for(tree)
+                lambda x, n: jnp.where(state.count < n, 0, x) if n else x,
+                tree,
+                frozen_for(tree, iters),
             )
 
         updates, inner_state = inner.update(thaw(grads), state.inner, thaw(params))
         return thaw(updates), FreezeState(optax.safe_increment(state.count), inner_state)
 
     return optax.GradientTransformation(init, update)
+
+
+def frozen_for(params: Any, iters: Mapping[str, int]) -> Any:
+    """Tree of the number of updates that each parameter skips; see `freeze_first` for `iters`."""
+
+    def of(path, _):
+        name = f'/{path_name(path)}/'
+        return max((n for pattern, n in iters.items() if f'/{pattern}/' in name), default=0)
+
+    return jax.tree.map_with_path(of, params)
+
+
+def scale_by_adam(
+    iters: Mapping[str, int], betas: Sequence[float] = (0.9, 0.999), eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Adam (Kingma and Ba 2014, 1412.6980), whose averages begin when a parameter thaws.
+
+    While a parameter is frozen, its averages and their bias correction stand still, as in PyTorch,
+    where it has no gradient. Otherwise they would count zeros, and its first hundreds of updates
+    would be up to six times too long.
+
+    Args:
+      iters: see `freeze_first`.
+      betas: decay of the averages of the gradient and of its square.
+      eps: added to the root of the latter.
+    """
+    adam = optax.scale_by_adam(*betas, eps=eps)
+
+    def from_step(n):
+        return optax.transforms.conditionally_mask(adam, lambda step: step >= n) if n else adam
+
+    groups = {n: from_step(n) for n in {0, *iters.values()}}
+    return optax.partition(groups, lambda params: frozen_for(params, iters))
 
 
 def updates_made(opt_state: Any) -> Int[Array, '']:
@@ -163,8 +193,9 @@ def make_optimizer(
     """Return the optimizer of a run.
 
     Args:
-      optimizer: `config.optimizer`. `sgd` is SGD, with LARC if `use_larc`; `lars` is optax.lars,
-        which uses neither `use_larc` nor `larc_config.clip`: see `unread`.
+      optimizer: `config.optimizer`. `sgd` is SGD, with LARC if `use_larc`; `lars` is optax.lars
+        with the numbers of `larc_config`; `adam` adds the decay to the gradient, `adamw` to the
+        update, as in PyTorch. For settings that one of them does not use see `unread`.
       learning_rate: a number or a function of the number of updates.
       frozen_iters: see `freeze_first`.
       params: the parameters, or their shapes.
@@ -178,45 +209,52 @@ def make_optimizer(
     if callable(learning_rate):
         learning_rate = functools.partial(_rate_for_all, learning_rate)
     larc = optimizer['larc_config']
-    if optimizer['name'] == 'lars':
-        tx = optax.lars(
-            learning_rate,
-            weight_decay,
-            weight_decay_mask=mask,
-            trust_coefficient=larc['trust_coefficient'],
-            eps=larc['eps'],
-            momentum=momentum,
-            nesterov=optimizer['nesterov'],
-        )
-    else:
-        if optimizer['use_larc']:
-            scale = scale_by_larc(
-                larc['trust_coefficient'],
-                weight_decay=weight_decay,
-                decay_mask=mask,
+    by_rate = optax.scale_by_learning_rate(learning_rate)
+    decayed = optax.add_decayed_weights(weight_decay, mask)
+    match optimizer['name']:
+        case 'sgd':
+            scaled = decayed
+            if optimizer['use_larc']:
+                scaled = scale_by_larc(
+                    larc['trust_coefficient'],
+                    weight_decay=weight_decay,
+                    decay_mask=mask,
+                    eps=larc['eps'],
+                    clip=larc['clip'],
+                    learning_rate=learning_rate,
+                )
+            tx = optax.chain(scaled, optax.trace(momentum, nesterov=optimizer['nesterov']), by_rate)
+        case 'lars':
+            tx = optax.lars(
+                learning_rate,
+                weight_decay,
+                weight_decay_mask=mask,
+                trust_coefficient=larc['trust_coefficient'],
                 eps=larc['eps'],
-                clip=larc['clip'],
-                learning_rate=learning_rate,
+                momentum=momentum,
+                nesterov=optimizer['nesterov'],
             )
-        else:
-            scale = optax.add_decayed_weights(weight_decay, mask)
-        trace = optax.trace(momentum, nesterov=optimizer['nesterov'])
-        tx = optax.chain(scale, trace, optax.scale_by_learning_rate(learning_rate))
+        case 'adam' | 'adamw':
+            adam = scale_by_adam(frozen_iters, optimizer['betas'], optimizer['eps'])
+            first = (decayed, adam) if optimizer['name'] == 'adam' else (adam, decayed)
+            tx = optax.chain(*first, by_rate)
     return freeze_first(tx, frozen_iters)
 
 
 def unread(optimizer: Any) -> list[str]:
     """Lines about settings of `config.optimizer` that the optimizer of this name does not use."""
-    if optimizer['name'] != 'lars':
+    name = optimizer['name']
+    if name == 'sgd':
         return []
     ignored = {
         'use_larc': optimizer['use_larc'],
         'larc_config.clip': optimizer['larc_config']['clip'],
     }
     return [
-        f"config.optimizer.name='lars' scales each layer by itself and takes no notice of "
-        f'config.optimizer.{name}=True: set it to False, or use LARC, config.optimizer.name=sgd'
-        for name, wanted in ignored.items()
+        f'config.optimizer.name={name!r} scales each {"layer" if name == "lars" else "weight"} by '
+        f'itself and takes no notice of config.optimizer.{setting}=True: set it to False, or use '
+        'LARC, config.optimizer.name=sgd'
+        for setting, wanted in ignored.items()
         if wanted
     ]
 

@@ -18,6 +18,7 @@ MOST_CROPS = 100  # of an image
 MOST_HEADS = 16  # of prototypes, and layers of the projection
 
 _SHARE = real(0, 1)
+_BELOW_1 = real(0, 1 - 2**-53, 'a number from 0 to below 1')
 _STEPS = whole(0, MOST_STEPS)
 _EPOCHS = whole(0, MOST_EPOCHS)
 
@@ -111,17 +112,21 @@ SETTINGS = {
         'embeddings of earlier batches, over all devices; 0: no queue'),
     'loss.queue.start_iter': Setting(0, _STEPS, 'step at which the queue begins to fill'),
 
-    'optimizer.name': Setting('sgd', one_of('sgd', 'lars'),
-        "lars: optax.lars with larc_config's numbers"),
+    'optimizer.name': Setting('sgd', one_of('sgd', 'lars', 'adam', 'adamw'),
+        "lars: optax.lars with larc_config's numbers; adamw: decay beside the averages"),
     'optimizer.use_larc': Setting(True, SWITCH, 'with sgd: scale the gradient of each tensor'),
     'optimizer.larc_config.clip': Setting(False, SWITCH,
         'bound the rate of a tensor by the learning rate'),
     'optimizer.larc_config.trust_coefficient': Setting(0.001, positive(1e-9, 1e6),
         "share of a tensor's length that a step moves it at learning rate 1"),
     'optimizer.larc_config.eps': Setting(1e-8, real(0, 1), 'added to the denominator'),
-    'optimizer.weight_decay': Setting(1e-6, real(0, 1000), 'L2 penalty, added to the gradient'),
-    'optimizer.momentum': Setting(0.9, real(0, 1 - 2**-53, 'a number from 0 to below 1'), 'of SGD'),
+    'optimizer.weight_decay': Setting(1e-6, real(0, 1000),
+        'L2 penalty, added to the gradient; with adamw to the update'),
+    'optimizer.momentum': Setting(0.9, _BELOW_1, 'of SGD'),
     'optimizer.nesterov': Setting(False, SWITCH, 'momentum of Nesterov'),
+    'optimizer.betas': Setting((0.9, 0.999), Several(_BELOW_1, 2, 2),
+        'of Adam: decay of the averages of the gradient and of its square'),
+    'optimizer.eps': Setting(1e-8, positive(1e-30, 1), "of Adam: added to the latter's root"),
     'optimizer.num_epochs': Setting(400, whole(1, MOST_EPOCHS), 'of the run and its schedule'),
     'optimizer.regularize_bn': Setting(True, SWITCH, 'decay the parameters of BatchNorm'),
     'optimizer.regularize_bias': Setting(True, SWITCH, 'decay biases'),
