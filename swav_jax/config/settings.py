@@ -15,6 +15,7 @@ from swav_jax.config.trunks import WIDEST
 
 MOST_STEPS = 2**31 - 1  # steps are counted in int32
 MOST_CROPS = 100  # of an image
+ONLINE = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')  # evaluations in a run
 MOST_HEADS = 16  # of prototypes, and layers of the projection
 
 _SHARE = real(0, 1)
@@ -153,8 +154,12 @@ SETTINGS = {
         'epochs between checkpoints that are kept for good; 0: none'),
 
     'evaluate.train_source': Setting('', TEXT,
-        'labelled images that the kNN votes with; none: no kNN'),
+        'labelled images for kNN and linear probe to learn from'),
     'evaluate.test_source': Setting('', TEXT, 'labelled images to classify'),
+    'evaluate.online': Setting(('knn', 'nmi'), Several(one_of(*ONLINE), 0, 100),
+        'what is evaluated; without labelled images only what needs none'),
+    'evaluate.pixels': Setting(False, SWITCH,
+        'also judge raw pixels by kNN and linear probe, once, to see what is gained'),
     'evaluate.every_epochs': Setting(0, _EPOCHS,
         'epochs between evaluations; 0: before and after the run only'),
     'evaluate.k': Setting(20, whole(1, 100_000), 'neighbors that vote'),

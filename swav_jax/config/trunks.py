@@ -81,8 +81,11 @@ class ResNet:
     width_per_group: int = setting(64, whole(1, WIDEST), 'of these convolutions, in stage 1')
     layer4_stride: int = setting(2, one_of(1, 2), 'of the last stage; 1: a larger feature map')
     zero_init_residual: bool = setting(False, SWITCH, 'start each block as the identity')
-    stem: str = setting('imagenet', one_of('imagenet', 'strided', 'small'),
-        '7×7, stride 2, max-pool; strided: 3×3, stride 2; small: 3×3, stride 1, for small images')
+    stem: str = setting(
+        'imagenet',
+        one_of('imagenet', 'strided', 'small'),
+        '7×7, stride 2, max-pool; strided: 3×3, stride 2; small: 3×3, stride 1, for small images',
+    )
 
     @property
     def has_bottlenecks(self) -> bool:

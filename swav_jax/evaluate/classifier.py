@@ -178,7 +178,7 @@ def measure(model: Model, net: Classifier, state: Tree, test: Source) -> dict[st
     """`accuracies` of a classifier on `test`, with the trunk that was fine-tuned, if it was."""
     state = jax.tree.map(np.asarray, state)
     trunk = _trunk_of(model.variables, state)
-    found = command.extract(dataclasses.replace(model, variables=trunk), test, has_head=False)
+    found = command.extract(dataclasses.replace(model, variables=trunk), test, of_head=())
     variables = {kind: state[kind]['classifier'] for kind in ('params', 'batch_stats')}
     logits = jax.jit(lambda x: net.apply(variables, x, False))(found.trunk)
     return accuracies(np.asarray(logits)[found.readable], test.labels[found.readable])
@@ -195,7 +195,7 @@ def _centres(
     model: Model, source: Source, batch_size: int, seed: int, first: int
 ) -> tuple[Look, Batches]:
     """Batches of features of the images' centres, which are computed once."""
-    found = command.extract(model, source, has_head=False)
+    found = command.extract(model, source, of_head=())
     weight = np.float32(found.readable)
     share = batch_size // jax.process_count()
     start = jax.process_index() * share

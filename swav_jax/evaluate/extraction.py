@@ -1,11 +1,13 @@
 """Features of images in eval mode: of the trunk, embeddings and prototype scores."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
@@ -22,6 +24,7 @@ from swav_jax.evaluate import labelled
 from swav_jax.models import SwAVNet
 
 _CHECKED_ROWS = 8192  # of memory maps, at a time
+_PIXELS_SIDE = 64
 
 Allocate = Callable[[str, tuple[int, ...]], np.ndarray]
 
@@ -38,6 +41,7 @@ class Features:
       labels: (N,) int32 indices into the source's `class_names`, -1 if unknown; or None.
       readable: (N,) bool; False for an image that could not be decoded, whose features are those of
         a gray picture.
+      nearest: (N,) int32 for each prototype head, the prototype with the largest score.
     """
 
     trunk: np.ndarray
@@ -45,6 +49,7 @@ class Features:
     scores: tuple[np.ndarray, ...]
     labels: np.ndarray | None
     readable: np.ndarray
+    nearest: tuple[np.ndarray, ...] = ()
 
     def __len__(self) -> int:
         return len(self.trunk)
@@ -64,7 +69,7 @@ def extract(
     config: ConfigDict,
     mesh: Mesh | None = None,
     *,
-    has_head: bool = True,
+    of_head: Collection[str] = ('embeddings', 'scores'),
     progress: bool = False,
     allocate: Allocate = lambda name, shape: np.empty(shape, np.float32),
 ) -> Features:
@@ -79,7 +84,7 @@ def extract(
       source: N images.
       config: all settings; `data` and `evaluate` are used.
       mesh: the devices (default: all).
-      has_head: whether to compute embeddings and scores, too.
+      of_head: what to compute beside the trunk's features: 'embeddings', 'scores', 'nearest'.
       progress: whether to show a progress bar.
       allocate: returns the float32 array of a given name and shape that gets a result.
 
@@ -90,7 +95,7 @@ def extract(
     share = np.array_split(np.arange(len(source)), jax.process_count())[jax.process_index()]
     mine = source if len(share) == len(source) else source.take(share)
     rows = -(-_rows(len(mine), config.evaluate.batch_size) // len(devices)) * len(devices)
-    batches = _results(net, variables, mine, config, devices, rows, has_head)
+    batches = _results(net, variables, mine, config, devices, rows, of_head)
     if progress:
         batches = track(batches, 'features', total=-(-len(mine) // rows))
 
@@ -99,17 +104,51 @@ def extract(
         place = slice(done, done + len(weight))
         for name, output in results.items():
             if name not in found:
-                found[name] = allocate(name, (len(mine), *output.shape[1:]))
+                shape = len(mine), *output.shape[1:]
+                is_float = output.dtype.kind == 'f'
+                found[name] = allocate(name, shape) if is_float else np.empty(shape, output.dtype)
             found[name][place] = output
         readable[place] = weight > 0
         done += len(weight)
     found['readable'] = readable
     if jax.process_count() > 1:
         found = _gather(found, len(source))
-    scores = tuple(found[f'scores{i}'] for i in range(sum(name[:6] == 'scores' for name in found)))
-    return Features(
-        found['trunk'], found.get('embeddings'), scores, source.labels, found['readable']
+    scores, nearest = (
+        tuple(found[f'{kind}{i}'] for i in range(len(found)) if f'{kind}{i}' in found)
+        for kind in ('scores', 'nearest')
     )
+    embeddings = found.get('embeddings')
+    return Features(found['trunk'], embeddings, scores, source.labels, found['readable'], nearest)
+
+
+class _Pixels(nn.Module):
+    """A trunk whose features are the pixels."""
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return x.reshape(len(x), -1)
+
+
+def pixels(source: Source, config: ConfigDict, mesh: Mesh | None = None) -> Features:
+    """The pixels of each image as its features: what a network without any layer would give.
+
+    They are in [0, 1]. An image is cropped as in `extract`, at most 64 pixels wide.
+    """
+    size = min(config.evaluate.size, _PIXELS_SIDE)
+    resize = round(config.evaluate.resize * size / config.evaluate.size)
+    raw = config.copy_and_resolve_references().unlock()
+    raw.evaluate.update(size=size, resize=resize)
+    raw.data.update(mean=(0.0,) * config.data.channels, std=(1.0,) * config.data.channels)
+    return extract(SwAVNet(_Pixels(), None), {}, source, raw, mesh, of_head=())
+
+
+def embed(net: SwAVNet, variables: Any, images: np.ndarray) -> np.ndarray:
+    """Embeddings (N, D) of normalised images (N, S, S, channels), in eval mode."""
+    return np.asarray(_embed(net, jax.tree.map(local, variables), images))
+
+
+@functools.partial(jax.jit, static_argnames='net')
+def _embed(net, variables, images):
+    return net.apply(variables, images, method='embed')[0]
 
 
 def _rows(count: int, most: int) -> int:
@@ -124,11 +163,11 @@ def _results(
     config: ConfigDict,
     devices: Any,
     rows: int,
-    has_head: bool,
+    of_head: Collection[str],
 ) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
     """Yield the results and weights of each batch, without the rows that fill up the last one."""
     mesh = Mesh(np.array(devices), ('image',))
-    variables = jax.device_put(jax.tree.map(_local, variables), NamedSharding(mesh, P()))
+    variables = jax.device_put(jax.tree.map(local, variables), NamedSharding(mesh, P()))
     batches = pipeline.eval_batches(
         source,
         canvas_size=config.data.canvas_size,
@@ -139,7 +178,7 @@ def _results(
     )
     # Only the settings that are used, so that a change of others compiles nothing.
     look = FrozenConfigDict({name: config.data[name] for name in ('mean', 'std')})
-    settings = dict(size=config.evaluate.size, data=look, has_head=has_head)
+    settings = dict(size=config.evaluate.size, data=look, of_head=frozenset(of_head))
     sharding = NamedSharding(mesh, P('image'))
     pending = None  # fetched a batch later, so that the host decodes while the devices compute
     for batch in batches:
@@ -152,15 +191,20 @@ def _results(
         yield _fetch(*pending)
 
 
-@functools.partial(jax.jit, static_argnames=('net', 'size', 'data', 'has_head'))
-def _look(net, variables, batch, *, size, data, has_head):
+@functools.partial(jax.jit, static_argnames=('net', 'size', 'data', 'of_head'))
+def _look(net, variables, batch, *, size, data, of_head):
     def everything(net, images):
-        trunk = net.features(images)
-        if not has_head:
-            return {'trunk': trunk}
-        embeddings, scores = net.head(trunk, False)
-        named = {f'scores{i}': head for i, head in enumerate(scores)}
-        return {'trunk': trunk, 'embeddings': embeddings} | named
+        found = {'trunk': net.features(images)}
+        if of_head:
+            embeddings, scores = net.head(found['trunk'], False)
+            if 'embeddings' in of_head:
+                found['embeddings'] = embeddings
+            for i, head in enumerate(scores):
+                if 'scores' in of_head:
+                    found[f'scores{i}'] = head
+                if 'nearest' in of_head:
+                    found[f'nearest{i}'] = jnp.argmax(head, -1).astype(jnp.int32)
+        return found
 
     images = augment.center_crop(batch, size=size, data=data)
     return net.apply(variables, images, method=everything)
@@ -173,7 +217,7 @@ def _fetch(
     return {name: np.asarray(x)[real] for name, x in results.items()}, batch['weight'][real]
 
 
-def _local(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+def local(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """This process's copy of an array that is replicated over all processes."""
     return x if getattr(x, 'is_fully_addressable', True) else x.addressable_data(0)
 

@@ -101,7 +101,7 @@ def regress(model: Model, train: Source, test: Source, c: float) -> dict[str, fl
     matched = labelled.pair(train, test)
 
     def look(source):
-        found = command.extract(model, source, has_head=False)
+        found = command.extract(model, source, of_head=())
         return found.trunk[found.readable], source.labels[found.readable]
 
     (train_x, train_y), (test_x, test_y) = look(matched.train), look(matched.test)

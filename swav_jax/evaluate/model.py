@@ -67,7 +67,7 @@ class Model:
           UserError: there are no images.
         """
         source = self.open(source) if isinstance(source, str) else source
-        options = {'has_head': self.has_head} | options
+        options = ({} if self.has_head else {'of_head': ()}) | options
         return extract(self.net, self.variables, source, self.config, **options)
 
     def embed(self, images: Any) -> Features:

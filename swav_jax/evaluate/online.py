@@ -1,26 +1,33 @@
 """Evaluations during a run, on images that it does not train on.
 
-An evaluation is a class like `KNN`, listed in `EVALUATIONS`. Its numbers are written to
-events.jsonl and summary.json and shown in the report, under the names that it gives them.
+An evaluation is a class like `KNN`, listed by name in `EVALUATIONS`; `config.evaluate.online` names
+those of a run. Its numbers are written to events.jsonl and summary.json and shown in the report,
+under the names that it gives them.
 """
 
 import abc
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from swav_jax import models
 from swav_jax.data import sources
 from swav_jax.errors import UserError
-from swav_jax.evaluate import clusters, extraction, knn, labelled
+from swav_jax.evaluate import clusters, extraction, gallery, geometry, knn, labelled, logistic
+from swav_jax.models.head import prototype_scores
+from swav_jax.runs.progress_line import PIXELS
 from swav_jax.state import TrainState
 
 PICTURED = 2000  # images to show if no test images are named
+_PAIRED = 256  # images of which two crops are compared
 
 Results = dict[str, float]
 
@@ -42,17 +49,33 @@ class Metric:
 
 @dataclass(frozen=True)
 class Seen:
-    """Features of labelled images.
+    """What evaluations judge.
 
     Attributes:
-      pair: the images to learn from, and those of their classes to test on.
-      train: features of `pair.train`.
-      test: features of all images of the test source; `pair.rows` are those of `pair.test`.
+      test: features of the test source, or of some of the training images if there is none.
+      train: features of `pair.train`; None without labels.
+      pair: labelled images to learn from, and those of their classes to test on, which are
+        `pair.rows` of `test`; None without labels.
+      prototypes: (K, D) for each prototype head.
+      crops: embeddings (2, N, D) of two training crops of some images; None if the settings have
+        only one of the largest size.
     """
 
-    pair: labelled.Pair
-    train: extraction.Features
     test: extraction.Features
+    train: extraction.Features | None = None
+    pair: labelled.Pair | None = None
+    prototypes: tuple[np.ndarray, ...] = ()
+    crops: Callable[[], np.ndarray | None] = lambda: None
+
+    def labelled(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Trunk features and labels to learn from, then those to test on; all are readable."""
+        voters, judged = self.train.readable, self.test.readable[self.pair.rows]
+        return (
+            self.train.trunk[voters],
+            self.pair.train.labels[voters],
+            self.test.trunk[self.pair.rows[judged]],
+            self.pair.test.labels[judged],
+        )
 
 
 class Evaluation(abc.ABC):
@@ -61,6 +84,9 @@ class Evaluation(abc.ABC):
     Attributes:
       name: for messages.
       metrics: all numbers that `run` can return, and how the report shows them.
+      of_train, of_test: what it reads of the head, see `extraction.extract`.
+      needs_labels: whether it reads `Seen.pair`.
+      judges_trunk: whether it reads `Seen.labelled` alone, so that it can judge pixels, too.
 
     Raises:
       UserError: it cannot be done with these settings or images.
@@ -68,8 +94,12 @@ class Evaluation(abc.ABC):
 
     name: str
     metrics: Mapping[str, Metric]
+    of_train: tuple[str, ...] = ()
+    of_test: tuple[str, ...] = ()
+    needs_labels: bool = False
+    judges_trunk: bool = False
 
-    def __init__(self, config: ConfigDict, pair: labelled.Pair):
+    def __init__(self, config: ConfigDict, pair: labelled.Pair | None):
         self.config = config
 
     @abc.abstractmethod
@@ -82,6 +112,7 @@ class KNN(Evaluation):
 
     name = 'kNN accuracy'
     metrics = MappingProxyType({'knn_top1': Metric('kNN top-1, percent', 'kNN top-1', '{:.1f}%')})
+    needs_labels = judges_trunk = True
 
     def __init__(self, config: ConfigDict, pair: labelled.Pair):
         super().__init__(config, pair)
@@ -89,16 +120,22 @@ class KNN(Evaluation):
 
     def run(self, seen: Seen) -> Results:
         """Judge the test images whose class the training images have."""
-        voters, judged = seen.train.readable, seen.test.readable[seen.pair.rows]
-        top1 = knn.accuracy(
-            seen.train.trunk[voters],
-            seen.pair.train.labels[voters],
-            seen.test.trunk[seen.pair.rows[judged]],
-            seen.pair.test.labels[judged],
-            k=self.config.evaluate.k,
-            temperature=self.config.evaluate.temperature,
-        )
-        return {'knn_top1': top1}
+        k, temperature = self.config.evaluate.k, self.config.evaluate.temperature
+        return {'knn_top1': knn.accuracy(*seen.labelled(), k=k, temperature=temperature)}
+
+
+class Linear(Evaluation):
+    """Top-1 accuracy in percent of a logistic regression on the standardised features."""
+
+    name = 'linear accuracy'
+    metrics = MappingProxyType(
+        {'linear_top1': Metric('Linear probe, percent', 'linear probe', '{:.1f}%')}
+    )
+    needs_labels = judges_trunk = True
+
+    def run(self, seen: Seen) -> Results:
+        """Judge the test images whose class the training images have."""
+        return {'linear_top1': logistic.accuracy(*seen.labelled())}
 
 
 class PrototypeNMI(Evaluation):
@@ -106,23 +143,102 @@ class PrototypeNMI(Evaluation):
 
     name = 'NMI'
     metrics = MappingProxyType({'nmi': Metric('NMI', 'NMI of prototypes and labels', '{:.3f}')})
+    of_test = ('nearest',)
+    needs_labels = True
 
     def run(self, seen: Seen) -> Results:
         """Judge all labelled test images."""
         test = seen.test
         known = test.readable & (test.labels >= 0)
-        return {'nmi': clusters.nmi(test.labels[known], clusters.assign(test.scores[0][known]))}
+        return {'nmi': clusters.nmi(test.labels[known], test.nearest[0][known])}
 
 
-EVALUATIONS = (KNN, PrototypeNMI)
-METRICS = {name: metric for kind in EVALUATIONS for name, metric in kind.metrics.items()}
+class RankMe(Evaluation):
+    """How many directions features and embeddings use."""
+
+    name = 'RankMe'
+    metrics = MappingProxyType(
+        {
+            'rankme': Metric('RankMe of the features', 'RankMe of the features', '{:.0f}'),
+            'rankme_embeddings': Metric('RankMe of the embeddings', 'of the embeddings', '{:.0f}'),
+        }
+    )
+    of_test = ('embeddings',)
+
+    def run(self, seen: Seen) -> Results:
+        """Judge all test images."""
+        features = {'rankme': seen.test.trunk, 'rankme_embeddings': seen.test.embeddings}
+        readable = seen.test.readable
+        return {name: geometry.effective_rank(x[readable]) for name, x in features.items()}
+
+
+class AlignmentUniformity(Evaluation):
+    """How close two crops of an image lie, and how evenly images spread."""
+
+    name = 'alignment and uniformity'
+    metrics = MappingProxyType(
+        {
+            'alignment': Metric('Alignment: distance² of two crops', 'alignment', '{:.2f}'),
+            'uniformity': Metric('Uniformity: 0 is one point', 'uniformity', '{:.2f}'),
+        }
+    )
+    of_test = ('embeddings',)
+
+    def run(self, seen: Seen) -> Results:
+        """Judge embeddings; there is no alignment if settings have one large crop only."""
+        found = {'uniformity': geometry.uniformity(seen.test.embeddings[seen.test.readable])}
+        crops = seen.crops()
+        return found if crops is None else found | {'alignment': geometry.alignment(*crops)}
+
+
+class Prototypes(Evaluation):
+    """Prototypes of the first head that images use, that none does, and that are alike.
+
+    Those in use are nearest to a training image, with labels from `config.evaluate.train_source`:
+    one that stays empty there was empty for an epoch.
+    """
+
+    name = 'prototypes in use'
+    metrics = MappingProxyType(
+        {
+            'prototypes_in_use': Metric('Prototypes in use, of all images', 'prototypes in use'),
+            'prototypes_empty': Metric('Prototypes without an image', 'without an image'),
+            'prototypes_near_duplicates': Metric(
+                'Prototypes with a near duplicate', 'with a near duplicate'
+            ),
+        }
+    )
+    of_train = of_test = ('nearest',)
+
+    def run(self, seen: Seen) -> Results:
+        """Count the prototypes."""
+        found = seen.test if seen.train is None else seen.train
+        prototypes = seen.prototypes[0]
+        used = len(np.unique(found.nearest[0][found.readable]))
+        return {
+            'prototypes_in_use': used,
+            'prototypes_empty': len(prototypes) - used,
+            'prototypes_near_duplicates': geometry.near_duplicates(prototypes),
+        }
+
+
+EVALUATIONS = {
+    'knn': KNN,
+    'linear': Linear,
+    'nmi': PrototypeNMI,
+    'rankme': RankMe,
+    'alignment': AlignmentUniformity,
+    'prototypes': Prototypes,
+}
+METRICS = {name: metric for kind in EVALUATIONS.values() for name, metric in kind.metrics.items()}
 
 
 class OnlineEvaluation:
-    """All `EVALUATIONS` of a run, on the images of two labelled sources.
+    """The evaluations of a run that `config.evaluate.online` names.
 
-    These are `config.evaluate.train_source` to learn from and `config.evaluate.test_source` to test
-    on; their classes are matched by name. Nothing is measured without both.
+    Labelled images to learn from are `config.evaluate.train_source`, those to test on
+    `config.evaluate.test_source`; their classes are matched by name. Without both, evaluations that
+    need labels are left out, and the others judge some of the training images.
 
     Attributes:
       test: the images to show in the report; training images if there is no test source.
@@ -134,7 +250,7 @@ class OnlineEvaluation:
 
     def __init__(self, config: ConfigDict, net: models.SwAVNet, mesh: Mesh, workdir: Path):
         self.config, self.net, self.mesh = config, net, mesh
-        self.pair, self.evaluations, self.notes, self._said = None, [], (), set()
+        self.pair, self.notes, self._said = None, (), set()
         specs = {name: config.evaluate[f'{name}_source'] for name in ('train', 'test')}
         if specs['train'] and not specs['test']:
             raise UserError(
@@ -162,35 +278,96 @@ class OnlineEvaluation:
             names = [f'config.evaluate.{name}_source={spec}' for name, spec in specs.items()]
             self.pair = labelled.pair(train, self.test, names)
             self.notes += self.pair.notes
-            self.evaluations = [kind(config, self.pair) for kind in EVALUATIONS]
+        chosen = (EVALUATIONS[name] for name in dict.fromkeys(config.evaluate.online))
+        self.evaluations = [
+            kind(config, self.pair) for kind in chosen if self.pair or not kind.needs_labels
+        ]
 
     def run(self, state: TrainState, say: Callable[[str], None] = print) -> Results:
-        """Evaluate a network; returns all numbers by name, none without labels.
+        """Evaluate a network; returns all numbers by name.
 
         Images that cannot be read do not count. `say` prints a line for the user.
 
         Raises:
           UserError: more images cannot be read than `config.data.max_bad_fraction` allows.
         """
-        if self.pair is None:
+        if not self.evaluations:
             return {}
-        train, test = self.look(state, self.pair.train), self.look(state, self.test)
-        for source, found in ((self.pair.train, train), (self.test, test)):
+        seen = Seen(
+            test=self.look(state, self.test, self._of_head('of_test')),
+            train=self._look_at_train(state),
+            pair=self.pair,
+            prototypes=_prototypes(state),
+            crops=functools.partial(self._embed_crops, state),
+        )
+        self._report_unreadable(seen, say)
+        looked = [found for found in (seen.train, seen.test) if found is not None]
+        if bad := [name for found in looked for name in extraction.not_finite(found)]:
+            no = ' and '.join(f'no {evaluation.name}' for evaluation in self.evaluations)
+            say(f'{no}: the network makes {", ".join(bad)} not finite')
+            return {}
+        return {k: x for evaluation in self.evaluations for k, x in evaluation.run(seen).items()}
+
+    def run_on_pixels(self) -> Results:
+        """Judge the pixels themselves like features of a trunk; their names end with `PIXELS`."""
+        judges = [evaluation for evaluation in self.evaluations if evaluation.judges_trunk]
+        if not judges:
+            return {}
+        train, test = (
+            extraction.pixels(source, self.config, self.mesh)
+            for source in (self.pair.train, self.test)
+        )
+        seen = Seen(test=test, train=train, pair=self.pair)
+        return {f'{k}{PIXELS}': x for judge in judges for k, x in judge.run(seen).items()}
+
+    def look(
+        self,
+        state: TrainState,
+        source: sources.Source,
+        of_head: Collection[str] = ('embeddings', 'scores'),
+    ) -> extraction.Features:
+        """Compute features of all images of a source; for `of_head` see `extraction.extract`."""
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        return extraction.extract(
+            self.net, variables, source, self.config, self.mesh, of_head=of_head
+        )
+
+    def _look_at_train(self, state: TrainState) -> extraction.Features | None:
+        if self.pair is None:
+            return None
+        return self.look(state, self.pair.train, self._of_head('of_train'))
+
+    def _of_head(self, name: str) -> set[str]:
+        return {part for evaluation in self.evaluations for part in getattr(evaluation, name)}
+
+    def _report_unreadable(self, seen: Seen, say: Callable[[str], None]) -> None:
+        looked = [(self.test, seen.test)]
+        if self.pair is not None:
+            looked.insert(0, (self.pair.train, seen.train))
+        for source, found in looked:
             allowed = self.config.data.max_bad_fraction
             for line in extraction.check_readable(found.readable, source, allowed):
                 if line not in self._said and jax.process_index() == 0:
                     say(line)
                 self._said.add(line)
-        if bad := extraction.not_finite(train) + extraction.not_finite(test):
-            no = ' and '.join(f'no {evaluation.name}' for evaluation in self.evaluations)
-            say(f'{no}: the network makes {", ".join(bad)} not finite')
-            return {}
-        results = {}
-        for evaluation in self.evaluations:
-            results |= evaluation.run(Seen(self.pair, train, test))
-        return results
 
-    def look(self, state: TrainState, source: sources.Source) -> extraction.Features:
-        """Compute features of all images of a source."""
+    def _embed_crops(self, state: TrainState) -> np.ndarray | None:
+        data = self.config.data.copy_and_resolve_references().unlock()
+        if data.num_crops[0] < 2:
+            return None
+        data.update(
+            num_crops=(2,), size_crops=data.size_crops[:1], crop_scales=data.crop_scales[:1]
+        )
+        config = self.config.copy_and_resolve_references().unlock()
+        config.data = data
+        batch, crops = gallery.first_crops(self.test, config, images=min(_PAIRED, len(self.test)))
         variables = {'params': state.params, 'batch_stats': state.batch_stats}
-        return extraction.extract(self.net, variables, source, self.config, self.mesh)
+        readable = batch['weight'] > 0
+        return np.stack([extraction.embed(self.net, variables, x)[readable] for x in crops])
+
+
+def _prototypes(state: TrainState) -> tuple[np.ndarray, ...]:
+    """The prototypes (K, D) of each head."""
+    head = jax.tree.map(extraction.local, state.params['head'])
+    axes = jnp.eye(len(head['prototypes0']['kernel']))
+    return tuple(np.asarray(scores).T for scores in prototype_scores(head, axes))

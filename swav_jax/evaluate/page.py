@@ -18,6 +18,7 @@ from swav_jax.data.images import Source
 from swav_jax.errors import printable
 from swav_jax.evaluate import figures, gallery, online
 from swav_jax.evaluate.extraction import Features
+from swav_jax.runs.progress_line import PIXELS, UNTRAINED, WITHOUT_TRAINING, without_end
 
 CURVES = {  # by the names in metrics.jsonl
     'loss': 'Loss',
@@ -86,7 +87,7 @@ def subtitle(about: Mapping[str, Any], summary: Mapping[str, float], found: Feat
 
 def measured(events: figures.Rows) -> dict[str, online.Metric]:
     """All numbers of online evaluations: those in events.jsonl, and those of this version."""
-    names = {name.removesuffix('_untrained') for row in events for name in row}
+    names = {without_end(name) for row in events for name in row}
     others = sorted(names - online.METRICS.keys() - {'step', 'epoch'})
     return online.METRICS | {name: online.Metric(name, name) for name in others}
 
@@ -97,8 +98,11 @@ def tiles(
     """Values of the summary, and a text below each."""
     for name, metric in metrics.items():
         if name in summary:
-            before = summary.get(f'{name}_untrained')
-            note = '' if before is None else f', {metric.form.format(before)} untrained'
+            note = ''.join(
+                f', {metric.form.format(summary[f"{name}{end}"])} {what}'
+                for end, what in WITHOUT_TRAINING.items()
+                if f'{name}{end}' in summary
+            )
             yield metric.form.format(summary[name]), f'{metric.tile}{note}'
     if 'loss_last' in summary:
         share = summary.get('loss_last_over_ln_k')
@@ -123,11 +127,20 @@ def curves(
     if not rows:
         return []
     references = dict.fromkeys(('loss', 'code_entropy'), (figures.ln_k(rows), 'ln K')) | about
+    pixels = {
+        name: (value, WITHOUT_TRAINING[PIXELS])
+        for row in events
+        for name, value in row.items()
+        if name.endswith(PIXELS)
+    }
     learned = [
-        {name.removesuffix('_untrained'): value for name, value in row.items()} for row in events
+        {name.removesuffix(UNTRAINED): value for name, value in row.items()} for row in events
     ]
     drawn = [
-        (metric.title, figures.metric(learned, name, metric.title))
+        (
+            metric.title,
+            figures.metric(learned, name, metric.title, *pixels.get(f'{name}{PIXELS}', (None, ''))),
+        )
         for name, metric in metrics.items()
     ]
     for name, title in CURVES.items():

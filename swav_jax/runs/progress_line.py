@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+# Ends of the names of numbers that were measured without training, and what they are.
+UNTRAINED, PIXELS = '_untrained', '_pixels'
+WITHOUT_TRAINING = {UNTRAINED: 'untrained', PIXELS: 'raw pixels'}
+
 _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
 
 
@@ -53,13 +57,25 @@ class ProgressLine:
             self._progress.stop()
 
     def table(self, summary: Mapping[str, Any]) -> None:
-        """Print names and values."""
-        table = Table(show_header=False)
+        """Print names and values, beside a result what it is without training."""
+        ends = [end for end in WITHOUT_TRAINING if any(name.endswith(end) for name in summary)]
+        names = dict.fromkeys(without_end(name) for name in summary)
+        table = Table(show_header=bool(ends))
         table.add_column()
-        table.add_column(justify='right')
-        for name, value in summary.items():
-            table.add_row(name, f'{value:,.4g}' if isinstance(value, float) else str(value))
+        for title in ('this run', *(WITHOUT_TRAINING[end] for end in ends)):
+            table.add_column(title, justify='right')
+        for name in names:
+            table.add_row(name, *(_shown(summary.get(f'{name}{end}', '')) for end in ('', *ends)))
         self._console.print(table)
+
+
+def without_end(name: str) -> str:
+    """The name of a result without `UNTRAINED` or `PIXELS` at its end."""
+    return name.removesuffix(UNTRAINED).removesuffix(PIXELS)
+
+
+def _shown(value: Any) -> str:
+    return f'{value:,.4g}' if isinstance(value, float) else str(value)
 
 
 def sentence(row: Mapping[str, Any], total: int, seconds_left: float | None) -> str:

@@ -15,6 +15,7 @@ from swav_jax.runs import nan_dump
 from swav_jax.runs.collapse import Collapse
 from swav_jax.runs.monitor import Monitor
 from swav_jax.runs.nan_skip import SkipBatches, after_nan
+from swav_jax.runs.progress_line import UNTRAINED
 from swav_jax.runs.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals
 from swav_jax.training.setup import Setup
 
@@ -114,6 +115,9 @@ class Progress:
             with self._signals.interruptible() if alone else contextlib.nullcontext():
                 whole = self._setup.layout.gather(self.state)
                 learned = self._setup.evaluation.run(whole, self._monitor.say)
+                pixels = {}
+                if self._setup.config.evaluate.pixels and not self.notes['results']:
+                    pixels = self._setup.evaluation.run_on_pixels()
         except Interrupted:
             return self._signals.request
         except UserError:
@@ -121,7 +125,8 @@ class Progress:
                 self.save(step)
             raise
         if step == 0:
-            learned = {f'{name}_untrained': value for name, value in learned.items()}
+            learned = {f'{name}{UNTRAINED}': value for name, value in learned.items()}
+        learned |= pixels
         self.notes['results'] |= learned
         self.notes['evaluated'] = True
         self._monitor.events(learned, step=step)
