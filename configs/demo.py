@@ -18,6 +18,7 @@ from swav_jax import config as settings
 def get_config():
     """The demo."""
     config = settings.default()
+    config.recipe = 'demo'
     config.data.source = 'demo'
     config.data.channels = 1
     config.data.mean, config.data.std = (0.286,), (0.353,)

@@ -11,6 +11,7 @@ DEMO = Path(__file__).parent.parent / 'configs' / 'demo.py'
 def get_config():
     """The demo on 32 of its images, with two crops each, without evaluation."""
     config = runpy.run_path(str(DEMO))['get_config']()
+    config.recipe = ''
     config.data.batchsize_per_replica = 4
     config.data.limit = 32
     config.data.num_crops, config.data.size_crops = (2,), (16,)

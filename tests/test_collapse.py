@@ -27,6 +27,7 @@ def test_a_collapse_is_said_once_it_has_lasted():
     found = look_at(stuck)
     assert list(found) == [35], 'frozen until 10, patience 20 from the row of 15, and once'
     assert 'from step 15 to 35' in found[35] and 'config.loss.epsilon=0.05' in found[35]
+    assert found[35].endswith('; see "Stuck at ln K" in docs/learning.md')
     with pytest.raises(RunFailedError, match='within 1% of ln K'):
         look_at(stuck, on_collapse='stop')
 
@@ -34,6 +35,7 @@ def test_a_collapse_is_said_once_it_has_lasted():
 def test_constant_embeddings_are_a_collapse_whatever_the_loss():
     found = look_at([(step, 0.5, 1e-5) for step in range(0, 100, 5)])
     assert 'all embeddings stayed the same' in found[35]
+    assert found[35].endswith('; see "Equal embeddings" in docs/learning.md')
 
 
 def test_a_run_that_learns_is_left_alone():

@@ -34,6 +34,8 @@ class Setting(NamedTuple):
 
 # fmt: off
 SETTINGS = {
+    'recipe': Setting('', TEXT,
+        'its name; the report compares the run with the reference curves of this name'),
     # jax.random.key takes 32 bits of a seed and would make the same weights of 0 and 2**32.
     'seed': Setting(0, whole(0, 2**32 - 1), 'of first weights, image order, crops and distortions'),
     'precision': Setting('float32', one_of('float32', 'bfloat16', 'float16', 'float64'),

@@ -124,8 +124,12 @@ class Method(abc.ABC):
         """Return parameters and state after the optimizer's update, outside `shard_map`."""
 
     @abc.abstractmethod
-    def sign_of_collapse(self, row: Mapping[str, Any]) -> str | None:
-        """Return the sign of collapse that a row of metrics.jsonl shows, or None."""
+    def sign_of_collapse(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Look for a sign of collapse in a row of metrics.jsonl.
+
+        Returns:
+          What the row shows, and the heading of docs/learning.md that explains it; or None.
+        """
 
     @abc.abstractmethod
     def plan(self, sizes: Any) -> Iterator[tuple[str, str]]:

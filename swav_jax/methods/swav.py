@@ -307,12 +307,12 @@ class SwAV(Method):
             params = normalize_prototypes(params)
         return params, state
 
-    def sign_of_collapse(self, row: Mapping[str, Any]) -> str | None:
+    def sign_of_collapse(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
         """Look for a loss of ln K (all images look alike to the prototypes) or equal embeddings."""
         if abs(row['loss_over_ln_k'] - 1) < NEAR_LN_K:
-            return 'the loss stayed within 1% of ln K'
+            return 'the loss stayed within 1% of ln K', 'Stuck at ln K'
         if row['embedding_std'] < NEAR_CONSTANT / math.sqrt(self._config.model.head.dims[-1]):
-            return 'all embeddings stayed the same'
+            return 'all embeddings stayed the same', 'Equal embeddings'
         return None
 
     def plan(self, sizes: Any) -> Iterator[tuple[str, str]]:

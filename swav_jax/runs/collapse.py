@@ -38,7 +38,11 @@ class Collapse:
         if self._said or row['step'] - self._since < self._config.train.collapse_patience:
             return None
         self._said = True
-        text = f'collapsed: {sign} from step {self._since} to {row["step"]}. {self._method.remedy}'
+        seen, heading = sign
+        text = (
+            f'collapsed: {seen} from step {self._since} to {row["step"]}. {self._method.remedy}; '
+            f'see "{heading}" in docs/learning.md'
+        )
         if self._config.train.on_collapse == 'stop':
             raise RunFailedError(text)
         return text
