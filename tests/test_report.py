@@ -1,5 +1,6 @@
 """The report of a run: right, whole in one file, and as a browser shows it."""
 
+import functools
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from configs import demo
 from swav_jax import config as settings
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource
-from swav_jax.evaluate import figures, gallery, online, page, report
+from swav_jax.evaluate import figures, gallery, online, page, reference, report
 from swav_jax.evaluate.extraction import Features
 
 
@@ -91,6 +92,129 @@ def test_the_page_tells_what_the_run_did(workdir):
         assert f'alt="{title}"' in page
     assert page.count('alt="crop"') == 3 * 6
     assert 'config.loss.epsilon' in page
+
+
+def reference_of(folder, **changes):
+    """Write reference curves to compare the run of `write_log` with."""
+    config = settings.to_dict(demo.get_config())
+    config['data']['source'] = 'folder:/<b>&'
+    content = {
+        'recipe': 'demo',
+        'version': '0.1',
+        'machine': 'a CPU',
+        'command': 'python scripts/reference.py demo',
+        'seeds': [0, 1, 2, 3, 4],
+        'config': config,
+        'steps_per_epoch': 10,
+        'curves': {
+            'loss_over_ln_k': [[1, 0.8, 0.82, 0.9], [2, 0.76, 0.77, 0.8], [3, 0.7, 0.71, 0.8]],
+            'active_prototypes': [[1, 25, 26, 27], [2, 25, 26, 27], [3, 25, 26, 27]],
+            'knn_top1': [[0, 59, 60, 61], [3, 70, 71, 72]],
+        },
+    } | changes
+    (folder / 'demo.json').write_text(json.dumps(content))
+
+
+def report_of(workdir, found, source, images=None):
+    """The text of the section of signs and bands, or None, and what is missing."""
+    missing = report.write(workdir, found, source, images=images)
+    page = (workdir / 'report.html').read_text()
+    section = re.search('<h2>Is this run normal.</h2>(.*?)<h2>', page, re.S)
+    return section and ' '.join(re.sub('<.*?>', '', section[1]).split()), missing
+
+
+@pytest.fixture
+def logged(tmp_path, monkeypatch):
+    """A run's folder, features, and the folder where reference curves are looked for."""
+    source, found = small_features(3)
+    folder = tmp_path / 'reference'
+    folder.mkdir()
+    read = functools.partial(reference.read, folder=folder)
+    monkeypatch.setattr(reference, 'read', read)
+    write_log(tmp_path)
+    return tmp_path, found, source, folder
+
+
+def test_a_run_is_compared_with_its_recipe(logged):
+    workdir, found, source, folder = logged
+    reference_of(folder)
+    text, missing = report_of(workdir, found, source)
+    assert not missing
+    assert text.startswith('2 of 3 curves lie outside the bands of 5 runs of the recipe demo')
+    assert 'Loss / ln K: inside the band.' in text
+    assert 'Prototypes in use, in a batch: below the band. That usually means:' in text
+    assert 'kNN top-1, percent: above the band from epoch 3 on' in text
+    assert 'other settings' not in text and 'shows no sign' in text
+
+
+def test_other_settings_make_it_a_comparison(logged):
+    workdir, found, source, folder = logged
+    config = settings.to_dict(demo.get_config())
+    config['loss']['epsilon'], config['seed'] = 0.123, 9
+    config['data']['source'] = 'folder:/<b>&'
+    reference_of(folder, config=config, steps_per_epoch=20)
+    text, _ = report_of(workdir, found, source)
+    epsilon = demo.get_config().loss.epsilon
+    assert f'not a test: config.loss.epsilon: {epsilon} instead of 0.123' in text
+    assert 'steps of an epoch: 10 instead of 20' in text and 'config.seed' not in text
+
+
+def test_signs_of_trouble_are_named(logged):
+    """The batch over all devices is known from the number of images and of steps."""
+    workdir, found, source, _ = logged
+    config = settings.to_dict(demo.get_config())
+    config['model']['head']['num_clusters'] = [300]
+    config['data']['batchsize_per_replica'] = 64
+    config['recipe'] = 'mine'
+    (workdir / 'config.json').write_text(json.dumps(config))
+    text, missing = report_of(workdir, found, source, images=10 * 128 + 5)
+    assert not missing and 'There are no reference curves of the recipe mine.' in text
+    assert 'More prototypes than the batch can fill: 128 images (batch and queue)' in text
+    assert 'docs/learning.md' in text and 'config.model.head.num_clusters' in text
+    text, _ = report_of(workdir, found, source, images=10 * 320)
+    assert 'More prototypes' not in text, '5 devices fill them'
+
+
+def test_damaged_reference_curves_are_left_out(logged):
+    workdir, found, source, folder = logged
+    (folder / 'demo.json').write_text('{"curves": ')
+    text, missing = report_of(workdir, found, source)
+    assert len(missing) == 1 and "reference curves of 'demo' are damaged" in missing[0]
+    assert 'shows no sign' in text
+    assert 'alt="Loss"' in (workdir / 'report.html').read_text()
+
+
+def test_a_run_without_a_log_is_not_judged(tmp_path):
+    source, found = small_features(3)
+    assert report_of(tmp_path, found, source) == (None, [])
+
+
+def test_the_band_is_drawn_where_the_other_runs_were():
+    rows = [{'epoch': e, 'nmi': e / 10} for e in (0, 1, 2)]
+    band = np.array([[0, 0.0, 0.1, 0.2], [1, 0.3, 0.4, 0.5], [2, 0.6, 0.7, 0.8], [9, 7, 8, 9]])
+    (axes,) = figures.metric(rows, 'nmi', 'NMI', band=band).axes
+    (filled,) = axes.collections
+    vertices = {tuple(np.round(v, 6)) for v in filled.get_paths()[0].vertices}
+    assert vertices == {tuple(v) for e, low, _, high in band[:3] for v in ((e, low), (e, high))}
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.1, 0.4, 0.7])
+    assert axes.get_ylim()[1] < 2, 'what lies beyond the run does not set the scale'
+    assert not figures.metric(rows, 'nmi', 'NMI').axes[0].collections
+
+
+def test_the_band_of_the_loss_has_the_height_of_the_loss(monkeypatch):
+    """Reference curves have loss / ln K, the page draws the loss."""
+    drawn = {}
+
+    def metric(rows, name, title, reference=None, label='', band=None):
+        drawn[name] = band
+
+    monkeypatch.setattr(figures, 'metric', metric)
+    curve = np.array([[1, 0.5, 0.6, 0.7]])
+    recipe = reference.Reference('x', '1', 'm', 'c', (0,), {}, 10, {'loss_over_ln_k': curve})
+    rows = [{'epoch': 1.0, 'loss': 3.0, 'loss_over_ln_k': 0.75, 'lr': 0.1}]
+    page.curves(rows, [], {}, {}, recipe)
+    np.testing.assert_allclose(drawn['loss'], [[1, 2.0, 2.4, 2.8]])
+    assert drawn['lr'] is None
 
 
 def test_the_page_needs_no_other_file(workdir):

@@ -3,6 +3,7 @@
 Names from the data are drawn as they are, not read as mathematics.
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,18 +56,24 @@ def _points(rows: Rows, name: str) -> np.ndarray:
 
 
 def metric(
-    rows: Rows, name: str, title: str, reference: float | None = None, label: str = ''
+    rows: Rows,
+    name: str,
+    title: str,
+    reference: float | None = None,
+    label: str = '',
+    band: np.ndarray | None = None,
 ) -> Figure | None:
     """A small figure of one number over the epochs; None if no row has it.
 
-    `reference` is the height of a dashed line, with `label` on it.
+    `reference` is the height of a dashed line, with `label` on it; `band` (epochs, 4) has epoch,
+    lowest, median and highest value of other runs, which are drawn behind.
     """
     epochs, values = _points(rows, name)
     if not len(values):
         return None
     figure = Figure(figsize=(4.6, 2.7), layout='constrained')
     axes = figure.subplots()
-    _curve(axes, epochs, values, reference, label)
+    _curve(axes, epochs, values, reference, label, band)
     axes.set_title(title, loc='left', fontsize=11, parse_math=False)
     axes.set_xlabel('epoch')
     return figure
@@ -197,10 +204,20 @@ def _short(name: str) -> str:
 
 
 def _curve(
-    axes: Any, x: np.ndarray, y: np.ndarray, reference: float | None, label: str | None
+    axes: Any,
+    x: np.ndarray,
+    y: np.ndarray,
+    reference: float | None,
+    label: str | None,
+    band: np.ndarray | None = None,
 ) -> None:
-    """Draw a line with its last value as text, and a dashed reference line."""
+    """Draw a line with its last value as text, a dashed reference line, and a band behind."""
     low, high = y.min(), y.max()
+    if band is not None and len(band := band[band[:, 0] <= math.ceil(x.max())]):
+        epochs, lowest, middle, highest = band.T
+        axes.fill_between(epochs, lowest, highest, color=ORANGE, alpha=0.2, linewidth=0)
+        axes.plot(epochs, middle, color=ORANGE, linewidth=0.8)
+        low, high = min(low, lowest.min()), max(high, highest.max())
     if reference is not None:
         low, high = min(low, reference), max(high, reference)
         axes.axhline(reference, color=GRAY, linestyle='--', linewidth=1)

@@ -16,7 +16,7 @@ import swav_jax
 from swav_jax.config import trunks
 from swav_jax.data.images import Source
 from swav_jax.errors import printable
-from swav_jax.evaluate import figures, gallery, online
+from swav_jax.evaluate import diagnosis, figures, gallery, online, reference
 from swav_jax.evaluate.extraction import Features
 from swav_jax.runs.progress_line import PIXELS, UNTRAINED, WITHOUT_TRAINING, without_end
 
@@ -116,13 +116,65 @@ def tiles(
         yield f'{summary["steps"]:,.0f}', 'steps'
 
 
+def diagnose(
+    rows: figures.Rows,
+    events: figures.Rows,
+    summary: Mapping[str, float],
+    config: Mapping[str, Any],
+    recipe: reference.Reference | None,
+    images: int | None,
+) -> dict[str, Any]:
+    """Whether the run goes like others of its recipe, and signs of trouble; empty without a log.
+
+    Args:
+      rows, events, summary, config: of the run.
+      recipe: its reference curves.
+      images: number of training images, for the batch over all devices; None if not known.
+    """
+    if not rows or not config:
+        return {}
+    steps, batch = reference.steps_per_epoch(rows), None
+    if images and steps:
+        per_replica = config['data']['batchsize_per_replica']
+        batch = max(images // steps // per_replica, 1) * per_replica
+    content = {
+        'findings': diagnosis.findings(rows, events, summary, config, batch),
+        'named': config.get('recipe', ''),
+        'recipe': recipe,
+    }
+    if recipe is None:
+        return content
+    titles = CURVES | {'loss_over_ln_k': 'Loss / ln K'}
+    titles |= {name: metric.title for name, metric in measured(events).items()}
+    content['curves'] = [
+        (
+            titles.get(verdict.name, verdict.name),
+            str(verdict),
+            reference.MEANING.get((verdict.name, verdict.side), ''),
+        )
+        for verdict in reference.compare(recipe, reference.curves(rows, events))
+    ]
+    content['outside'] = sum(said != reference.INSIDE for _, said, _ in content['curves'])
+    content['other_settings'] = [
+        (f'config.{name}', json.dumps(theirs), json.dumps(ours))
+        for name, theirs, ours in reference.differences(recipe, config)
+    ]
+    if steps and steps != recipe.steps_per_epoch:
+        content['other_settings'].append(('steps of an epoch', recipe.steps_per_epoch, steps))
+    return content
+
+
 def curves(
     rows: figures.Rows,
     events: figures.Rows,
     metrics: Mapping[str, online.Metric],
     about: Mapping[str, Any],
+    recipe: reference.Reference | None = None,
 ) -> list[Picture]:
-    """Pictures of all measured numbers over the epochs; none without a loss."""
+    """Pictures of all measured numbers over the epochs, none without a loss.
+
+    Curves that the recipe has get its band.
+    """
     rows = [row for row in rows if 'loss' in row]
     if not rows:
         return []
@@ -133,20 +185,31 @@ def curves(
         for name, value in row.items()
         if name.endswith(PIXELS)
     }
+    bands = dict(recipe.curves) if recipe else {}
+    if 'loss_over_ln_k' in bands and figures.ln_k(rows):
+        bands['loss'] = bands['loss_over_ln_k'] * [1, *[figures.ln_k(rows)] * 3]
     learned = [
         {name.removesuffix(UNTRAINED): value for name, value in row.items()} for row in events
     ]
     drawn = [
         (
             metric.title,
-            figures.metric(learned, name, metric.title, *pixels.get(f'{name}{PIXELS}', (None, ''))),
+            figures.metric(
+                learned,
+                name,
+                metric.title,
+                *pixels.get(f'{name}{PIXELS}', (None, '')),
+                band=bands.get(name),
+            ),
         )
         for name, metric in metrics.items()
     ]
     for name, title in CURVES.items():
         # The first row's speed includes the compilation.
         shown = rows[1:] if name in ('images_per_second', 'data_wait') else rows
-        drawn.append((title, figures.metric(shown, name, title, *references.get(name, (None, '')))))
+        height, label = references.get(name, (None, ''))
+        figure = figures.metric(shown, name, title, height, label, bands.get(name))
+        drawn.append((title, figure))
     return [{'src': svg(figure), 'alt': title} for title, figure in drawn if figure]
 
 

@@ -30,7 +30,7 @@ from swav_jax import cli, files
 from swav_jax.cli.flags import report as parse_report
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError, printable
-from swav_jax.evaluate import command, figures, gallery, online, page
+from swav_jax.evaluate import command, figures, gallery, online, page, reference
 from swav_jax.evaluate.extraction import Features
 from swav_jax.runs.monitor import read_rows
 from swav_jax.runs.tensorboard import TensorBoard
@@ -67,7 +67,9 @@ def write_all(
     crops = missing.without('the crops', lambda: gallery.crops(train, config, images=4), ())
     missing.without('loss.png', lambda: draw_loss(workdir))
     missing.without('prototypes.png', lambda: draw_prototypes(workdir, found, source))
-    left_out = missing.without('report.html', lambda: write(workdir, found, source, crops))
+    left_out = missing.without(
+        'report.html', lambda: write(workdir, found, source, crops, len(train))
+    )
     missing.extend(left_out or ())
     missing.without('tensorboard/', lambda: write_tensorboard(workdir, found, source, step))
     if missing:
@@ -104,8 +106,11 @@ def write(
     found: Features,
     source: Source,
     crops: Sequence[Sequence[np.ndarray]] = (),
+    images: int | None = None,
 ) -> list[str]:
     """Write report.html and map.png from the run's log, features of `source`, and `gallery.crops`.
+
+    `images` is the number of training images, if it is known.
 
     Returns:
       What failed and is not on the page, with the reasons.
@@ -120,13 +125,17 @@ def write(
         for name in ('summary.json', 'config.json')
     )
     about = missing.without('the settings of config.json', lambda: page.about_run(config), {})
+    recipe = missing.without(
+        'the reference curves', lambda: reference.read(config.get('recipe', ''))
+    )
     summary, metrics = _numbers(summary), page.measured(events)
     scatter = missing.without('the map', lambda: figures.embeddings(found, source))
     missing.without('map.png', lambda: _save(scatter, workdir / 'map.png'))
     sections = {
         name: missing.without(f'the {name}', make)
         for name, make in (
-            ('curves', lambda: page.curves(rows, events, metrics, about)),
+            ('diagnosis', lambda: page.diagnose(rows, events, summary, config, recipe, images)),
+            ('curves', lambda: page.curves(rows, events, metrics, about, recipe)),
             ('prototypes', lambda: page.prototypes(found, source)),
             ('map', lambda: page.embeddings(scatter, found)),
             ('neighbours', lambda: page.neighbors(found, source)),
