@@ -89,7 +89,7 @@ class Verdict:
       name: of the curve.
       epochs: number of epochs that were compared.
       outside: those outside the band.
-      side: '' if the curve counts as inside, or 'above' or 'below'.
+      side: '' if the curve counts as inside, 'above', 'below', or 'on both sides of'.
     """
 
     name: str
