@@ -122,7 +122,7 @@ def draw(workdir: Path, good: Path, recipe: reference.Reference | None) -> Figur
             axes.plot(epochs, [row[name] for row in rows], color=color, linewidth=1.6)
             last = max([last, *epochs])
         if recipe and name in recipe.curves:
-            epochs, low, _, high = recipe.curves[name].T
+            epochs, low, _, high = recipe.bands()[name].T
             axes.fill_between(epochs, low, high, color=figures.ORANGE, alpha=0.2, linewidth=0)
         axes.set_xlim(0, last)
         axes.set_title(title, loc='left', fontsize=10)

@@ -202,7 +202,7 @@ def test_the_band_is_drawn_where_the_other_runs_were():
 
 
 def test_the_band_of_the_loss_has_the_height_of_the_loss(monkeypatch):
-    """Reference curves have loss / ln K, the page draws the loss."""
+    """Reference curves have the mean of loss / ln K over an epoch; the page draws the loss."""
     drawn = {}
 
     def metric(rows, name, title, reference=None, label='', band=None):
@@ -210,10 +210,12 @@ def test_the_band_of_the_loss_has_the_height_of_the_loss(monkeypatch):
 
     monkeypatch.setattr(figures, 'metric', metric)
     curve = np.array([[1, 0.5, 0.6, 0.7]])
-    recipe = reference.Reference('x', '1', 'm', 'c', (0,), {}, 10, {'loss_over_ln_k': curve})
+    curves = {'loss_over_ln_k': curve, 'knn_top1': curve}
+    recipe = reference.Reference('x', '1', 'm', 'c', (0,), {}, 10, curves)
     rows = [{'epoch': 1.0, 'loss': 3.0, 'loss_over_ln_k': 0.75, 'lr': 0.1}]
-    page.curves(rows, [], {}, {}, recipe)
-    np.testing.assert_allclose(drawn['loss'], [[1, 2.0, 2.4, 2.8]])
+    page.curves(rows, [], page.measured([]), {}, recipe)
+    np.testing.assert_allclose(drawn['loss'], [[0.5, 2.0, 2.4, 2.8]])
+    np.testing.assert_allclose(drawn['knn_top1'], curve)
     assert drawn['lr'] is None
 
 

@@ -189,7 +189,7 @@ REFUSED = [
     ('precision', 'Float32'),
     ('sharding', ''),
     ('model.remat', 'Block'),
-    ('optimizer.name', 'adam'),
+    ('optimizer.name', 'adagrad'),
     ('train.on_nan', 'ignore'),
     ('train.on_collapse', 'die\nat\x1b[31m once'),
     # The trunk.

@@ -185,7 +185,7 @@ def curves(
         for name, value in row.items()
         if name.endswith(PIXELS)
     }
-    bands = dict(recipe.curves) if recipe else {}
+    bands = recipe.bands() if recipe else {}
     if 'loss_over_ln_k' in bands and figures.ln_k(rows):
         bands['loss'] = bands['loss_over_ln_k'] * [1, *[figures.ln_k(rows)] * 3]
     learned = [

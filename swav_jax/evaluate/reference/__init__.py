@@ -80,6 +80,13 @@ class Reference:
     steps_per_epoch: int
     curves: Mapping[str, np.ndarray]
 
+    def bands(self) -> dict[str, np.ndarray]:
+        """The curves to draw: the mean over an epoch belongs to its middle."""
+        return {
+            name: points - [0.5, 0, 0, 0] if name in LOGGED else points
+            for name, points in self.curves.items()
+        }
+
 
 @dataclass(frozen=True)
 class Verdict:
