@@ -90,7 +90,7 @@ def test_a_frozen_parameter_does_not_move_and_gathers_no_momentum(name):
             free[step]['prototypes0']['kernel'],
             rtol=1e-6,
         )
-    rounding = 0 if name in ('sgd', 'lars') else 1e-7  # lax.cond makes Adam another program
+    rounding = 0 if name in ('sgd', 'lars') else 3e-7  # lax.cond makes Adam another program
     np.testing.assert_allclose(
         frozen[4]['linear0']['kernel'], free[4]['linear0']['kernel'], rtol=rounding
     )
