@@ -1,20 +1,23 @@
-"""Figures of a run: its curves, its prototypes and its map, without pyplot's global state.
+"""Figures of runs: curves, prototypes and maps, without pyplot's global state.
 
 Names from the data are drawn as they are, not read as mathematics.
 """
 
+import base64
+import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from swav_jax.data.images import Source
-from swav_jax.evaluate import clusters, gallery
-from swav_jax.evaluate.extraction import Features
+
+if TYPE_CHECKING:  # it imports JAX, which curves do not need
+    from swav_jax.evaluate.extraction import Features
 
 _LONGEST = 20  # letters of a name
 BLUE, ORANGE, GRAY = '#2563a8', '#c2571a', '#6b7280'
@@ -80,12 +83,14 @@ def metric(
 
 
 def prototypes(
-    found: Features, source: Source, *, most: int = 30, images: int = 10
+    found: 'Features', source: Source, *, most: int = 30, images: int = 10
 ) -> Figure | None:
     """The first head's largest prototypes, each with its size, main class and nearest images.
 
     None if no image can be read or the network has no prototypes.
     """
+    from swav_jax.evaluate import gallery  # imports JAX
+
     shown = gallery.prototypes(found, source, most=most, images=images) if found.scores else []
     if not shown:
         return None
@@ -109,6 +114,8 @@ def prototypes(
 
 def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int) -> None:
     """Draw one prototype: size and class on the left, its nearest images on the right."""
+    from swav_jax.evaluate import gallery  # imports JAX
+
     side, margin = gallery.THUMBNAIL, 110
     step = side + 4
     strip = np.full((side, margin + images * step, 3), 255, np.uint8)
@@ -124,11 +131,13 @@ def _strip(axes: Any, source: Source, prototype: Mapping[str, Any], images: int)
         axes.text(y=46, s=text, fontsize=7, color=GRAY, **style)
 
 
-def embeddings(found: Features, source: Source) -> Figure | None:
+def embeddings(found: 'Features', source: Source) -> Figure | None:
     """A map of embeddings, coloured by class or, if there are many classes, by prototype.
 
     None if there are no embeddings, or too few.
     """
+    from swav_jax.evaluate import clusters, gallery  # these import JAX
+
     chosen = gallery.spread(found)
     if found.embeddings is None or len(chosen) < 4:
         return None
@@ -139,7 +148,7 @@ def embeddings(found: Features, source: Source) -> Figure | None:
     return point_map(points, clusters.assign(found.scores[0][chosen]), None)
 
 
-def few_classes(found: Features) -> bool:
+def few_classes(found: 'Features') -> bool:
     """Whether there is a colour for each class."""
     return found.labels is not None and found.labels.max() < 20
 
@@ -199,6 +208,13 @@ def write(figure: Figure, file: Any, **options: Any) -> None:
         figure.savefig(file, **options)
 
 
+def svg(figure: Figure) -> str:
+    """A figure as the data URI of an SVG."""
+    file = io.BytesIO()
+    write(figure, file, format='svg', metadata={'Date': None})
+    return f'data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}'
+
+
 def _short(name: str) -> str:
     return name if len(name) <= _LONGEST else f'{name[: _LONGEST - 1]}…'
 
@@ -220,16 +236,7 @@ def _curve(
         low, high = min(low, lowest.min()), max(high, highest.max())
     if reference is not None:
         low, high = min(low, reference), max(high, reference)
-        axes.axhline(reference, color=GRAY, linestyle='--', linewidth=1)
-        axes.annotate(
-            label,
-            (0.85, reference),
-            xycoords=('axes fraction', 'data'),
-            xytext=(0, 4),
-            textcoords='offset points',
-            ha='right',
-            color=GRAY,
-        )
+        _reference(axes, reference, label)
     axes.plot(x, y, color=BLUE, linewidth=1.6, marker='o' if len(x) < 12 else None, markersize=4)
     axes.plot(x[-1:], y[-1:], 'o', color=BLUE, markersize=4)
     axes.annotate(
@@ -244,6 +251,20 @@ def _curve(
     axes.set_ylim(low - 0.08 * span, high + 0.18 * span)
     axes.set_xlim(min(0.0, x.min()), 1.1 * max(x.max(), 0.0) or 1.0)  # room for the last value
     _plain(axes)
+
+
+def _reference(axes: Any, height: float, label: str | None) -> None:
+    """Draw a dashed line with a label on it."""
+    axes.axhline(height, color=GRAY, linestyle='--', linewidth=1)
+    axes.annotate(
+        label,
+        (0.85, height),
+        xycoords=('axes fraction', 'data'),
+        xytext=(0, 4),
+        textcoords='offset points',
+        ha='right',
+        color=GRAY,
+    )
 
 
 def _plain(axes: Any) -> None:

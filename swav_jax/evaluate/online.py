@@ -7,10 +7,9 @@ under the names that it gives them.
 
 import abc
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -30,21 +29,6 @@ PICTURED = 2000  # images to show if no test images are named
 _PAIRED = 256  # images of which two crops are compared
 
 Results = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """How the report shows a number.
-
-    Attributes:
-      title: title of its curve.
-      tile: text below the last value.
-      form: format of that value.
-    """
-
-    title: str
-    tile: str
-    form: str = '{:.3g}'
 
 
 @dataclass(frozen=True)
@@ -83,7 +67,7 @@ class Evaluation(abc.ABC):
 
     Attributes:
       name: for messages.
-      metrics: all numbers that `run` can return, and how the report shows them.
+      metrics: names of all numbers that `run` can return; `evaluate.metrics` has their titles.
       of_train, of_test: what it reads of the head, see `extraction.extract`.
       needs_labels: whether it reads `Seen.pair`.
       judges_trunk: whether it reads `Seen.labelled` alone, so that it can judge pixels, too.
@@ -93,7 +77,7 @@ class Evaluation(abc.ABC):
     """
 
     name: str
-    metrics: Mapping[str, Metric]
+    metrics: tuple[str, ...]
     of_train: tuple[str, ...] = ()
     of_test: tuple[str, ...] = ()
     needs_labels: bool = False
@@ -111,7 +95,7 @@ class KNN(Evaluation):
     """Top-1 accuracy in percent of the votes of the nearest neighbours."""
 
     name = 'kNN accuracy'
-    metrics = MappingProxyType({'knn_top1': Metric('kNN top-1, percent', 'kNN top-1', '{:.1f}%')})
+    metrics = ('knn_top1',)
     needs_labels = judges_trunk = True
 
     def __init__(self, config: ConfigDict, pair: labelled.Pair):
@@ -128,9 +112,7 @@ class Linear(Evaluation):
     """Top-1 accuracy in percent of a logistic regression on the standardised features."""
 
     name = 'linear accuracy'
-    metrics = MappingProxyType(
-        {'linear_top1': Metric('Linear probe, percent', 'linear probe', '{:.1f}%')}
-    )
+    metrics = ('linear_top1',)
     needs_labels = judges_trunk = True
 
     def run(self, seen: Seen) -> Results:
@@ -142,7 +124,7 @@ class PrototypeNMI(Evaluation):
     """Normalised mutual information of labels and nearest prototypes of the first head."""
 
     name = 'NMI'
-    metrics = MappingProxyType({'nmi': Metric('NMI', 'NMI of prototypes and labels', '{:.3f}')})
+    metrics = ('nmi',)
     of_test = ('nearest',)
     needs_labels = True
 
@@ -157,11 +139,9 @@ class RankMe(Evaluation):
     """How many directions features and embeddings use."""
 
     name = 'RankMe'
-    metrics = MappingProxyType(
-        {
-            'rankme': Metric('RankMe of the features', 'RankMe of the features', '{:.0f}'),
-            'rankme_embeddings': Metric('RankMe of the embeddings', 'of the embeddings', '{:.0f}'),
-        }
+    metrics = (
+        'rankme',
+        'rankme_embeddings',
     )
     of_test = ('embeddings',)
 
@@ -176,11 +156,9 @@ class AlignmentUniformity(Evaluation):
     """How close two crops of an image lie, and how evenly images spread."""
 
     name = 'alignment and uniformity'
-    metrics = MappingProxyType(
-        {
-            'alignment': Metric('Alignment: distance² of two crops', 'alignment', '{:.2f}'),
-            'uniformity': Metric('Uniformity: 0 is one point', 'uniformity', '{:.2f}'),
-        }
+    metrics = (
+        'alignment',
+        'uniformity',
     )
     of_test = ('embeddings',)
 
@@ -199,14 +177,10 @@ class Prototypes(Evaluation):
     """
 
     name = 'prototypes in use'
-    metrics = MappingProxyType(
-        {
-            'prototypes_in_use': Metric('Prototypes in use, of all images', 'prototypes in use'),
-            'prototypes_empty': Metric('Prototypes without an image', 'without an image'),
-            'prototypes_near_duplicates': Metric(
-                'Prototypes with a near duplicate', 'with a near duplicate'
-            ),
-        }
+    metrics = (
+        'prototypes_in_use',
+        'prototypes_empty',
+        'prototypes_near_duplicates',
     )
     of_train = of_test = ('nearest',)
 
@@ -230,7 +204,6 @@ EVALUATIONS = {
     'alignment': AlignmentUniformity,
     'prototypes': Prototypes,
 }
-METRICS = {name: metric for kind in EVALUATIONS.values() for name, metric in kind.metrics.items()}
 
 
 class OnlineEvaluation:

@@ -1,60 +1,21 @@
 """The content of a report's page; its layout is in report.html."""
 
-import base64
-import io
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-import swav_jax
 from swav_jax.config import trunks
 from swav_jax.data.images import Source
-from swav_jax.errors import printable
-from swav_jax.evaluate import diagnosis, figures, gallery, online, reference
+from swav_jax.evaluate import diagnosis, figures, gallery, reference
 from swav_jax.evaluate.extraction import Features
-from swav_jax.runs.progress_line import PIXELS, UNTRAINED, WITHOUT_TRAINING, without_end
-
-CURVES = {  # by the names in metrics.jsonl
-    'loss': 'Loss',
-    'lr': 'Learning rate',
-    'code_entropy': 'Entropy of the codes',
-    'active_prototypes': 'Prototypes in use, in a batch',
-    'largest_prototype_share': 'Share of the largest prototype',
-    'embedding_std': 'Spread of the embeddings',
-    'grad_norm': 'Norm of the gradient',
-    'update_norm': 'Norm of the update',
-    'images_per_second': 'Images a second',
-    'data_wait': 'Seconds a step waits for data',
-}
+from swav_jax.evaluate.metrics import CURVES, measured, with_untrained
+from swav_jax.runs.progress_line import PIXELS, WITHOUT_TRAINING
 
 Picture = dict[str, Any]  # `src`, and other attributes that report.html uses
-
-
-def render(**content: Any) -> str:
-    """Render the page; all of `content` is shown as text, not read as markup."""
-    return _environment.get_template('report.html').render(content, version=swav_jax.__version__)
-
-
-def _shown(value: Any) -> Any:
-    return (
-        value if hasattr(value, '__html__') else printable(value)
-    )  # the output of a macro is markup
-
-
-_environment = Environment(
-    loader=PackageLoader('swav_jax.evaluate', '.'),
-    autoescape=True,
-    undefined=StrictUndefined,
-    finalize=_shown,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
 
 
 def about_run(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,18 +46,9 @@ def subtitle(about: Mapping[str, Any], summary: Mapping[str, float], found: Feat
     return '; '.join([*parts, f'shown with {seen:,} images{unread}']) + '.'
 
 
-def measured(events: figures.Rows) -> dict[str, online.Metric]:
-    """All numbers of online evaluations: those in events.jsonl, and those of this version."""
-    names = {without_end(name) for row in events for name in row}
-    others = sorted(names - online.METRICS.keys() - {'step', 'epoch'})
-    return online.METRICS | {name: online.Metric(name, name) for name in others}
-
-
-def tiles(
-    summary: Mapping[str, float], metrics: Mapping[str, online.Metric]
-) -> Iterable[tuple[str, str]]:
+def tiles(summary: Mapping[str, float], events: figures.Rows) -> Iterable[tuple[str, str]]:
     """Values of the summary, and a text below each."""
-    for name, metric in metrics.items():
+    for name, metric in measured(events).items():
         if name in summary:
             note = ''.join(
                 f', {metric.form.format(summary[f"{name}{end}"])} {what}'
@@ -167,7 +119,6 @@ def diagnose(
 def curves(
     rows: figures.Rows,
     events: figures.Rows,
-    metrics: Mapping[str, online.Metric],
     about: Mapping[str, Any],
     recipe: reference.Reference | None = None,
 ) -> list[Picture]:
@@ -188,9 +139,7 @@ def curves(
     bands = recipe.bands() if recipe else {}
     if 'loss_over_ln_k' in bands and figures.ln_k(rows):
         bands['loss'] = bands['loss_over_ln_k'] * [1, *[figures.ln_k(rows)] * 3]
-    learned = [
-        {name.removesuffix(UNTRAINED): value for name, value in row.items()} for row in events
-    ]
+    learned = with_untrained(events)
     drawn = [
         (
             metric.title,
@@ -202,7 +151,7 @@ def curves(
                 band=bands.get(name),
             ),
         )
-        for name, metric in metrics.items()
+        for name, metric in measured(events).items()
     ]
     for name, title in CURVES.items():
         # The first row's speed includes the compilation.
@@ -210,7 +159,7 @@ def curves(
         height, label = references.get(name, (None, ''))
         figure = figures.metric(shown, name, title, height, label, bands.get(name))
         drawn.append((title, figure))
-    return [{'src': svg(figure), 'alt': title} for title, figure in drawn if figure]
+    return [{'src': figures.svg(figure), 'alt': title} for title, figure in drawn if figure]
 
 
 def prototypes(found: Features, source: Source) -> dict[str, Any]:
@@ -229,7 +178,7 @@ def embeddings(scatter: Figure | None, found: Features) -> dict[str, Any]:
     if scatter is None:
         return {}
     colour = 'class' if figures.few_classes(found) else 'prototype'
-    return {'src': svg(scatter), 'images': len(gallery.spread(found)), 'colour': colour}
+    return {'src': figures.svg(scatter), 'images': len(gallery.spread(found)), 'colour': colour}
 
 
 def neighbors(found: Features, source: Source) -> list[list[Picture]]:
@@ -255,19 +204,6 @@ def crops(images: Sequence[Sequence[np.ndarray]]) -> list[list[Picture]]:
         [{'src': gallery.data_uri(crop), 'side': side(len(crop))} for crop in image]
         for image in images
     ]
-
-
-def settings(config: Mapping[str, Any]) -> dict[str, str]:
-    """All settings by their full names, as JSON."""
-    flat = flatten_dict({'config': config}, sep='.')
-    return {name: json.dumps(value) for name, value in flat.items()}
-
-
-def svg(figure: Figure) -> str:
-    """A figure as a data URI."""
-    file = io.BytesIO()
-    figures.write(figure, file, format='svg', metadata={'Date': None})
-    return f'data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}'
 
 
 def _thumb(source: Source, index: int, kind: str = 'thumb') -> Picture:

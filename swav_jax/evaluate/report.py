@@ -14,10 +14,9 @@ if __name__ == '__main__':  # before the imports, so that mistakes are reported 
 
 import argparse
 import contextlib
-import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,8 @@ from swav_jax import cli, files
 from swav_jax.cli.flags import report as parse_report
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError, printable
-from swav_jax.evaluate import command, figures, gallery, online, page, reference
+from swav_jax.evaluate import command, figures, gallery, online, page, records, reference, templates
 from swav_jax.evaluate.extraction import Features
-from swav_jax.runs.monitor import read_rows
 from swav_jax.runs.tensorboard import TensorBoard
 
 
@@ -93,7 +91,7 @@ class _Missing(list):
 
 def draw_loss(workdir: Path) -> None:
     """Write loss.png, if a step was logged."""
-    _save(figures.loss(_rows(workdir / 'metrics.jsonl')), workdir / 'loss.png')
+    _save(figures.loss(records.rows(workdir / 'metrics.jsonl')), workdir / 'loss.png')
 
 
 def draw_prototypes(workdir: Path, found: Features, source: Source) -> None:
@@ -117,36 +115,37 @@ def write(
     """
     missing = _Missing()
     rows, events = (
-        missing.without(name, lambda name=name: _rows(workdir / name), [])
+        missing.without(name, lambda name=name: records.rows(workdir / name), [])
         for name in ('metrics.jsonl', 'events.jsonl')
     )
     summary, config = (
-        missing.without(name, lambda name=name: _read(workdir / name), {})
+        missing.without(name, lambda name=name: records.read(workdir / name), {})
         for name in ('summary.json', 'config.json')
     )
+    summary = records.numbers(summary)
     about = missing.without('the settings of config.json', lambda: page.about_run(config), {})
     recipe = missing.without(
         'the reference curves', lambda: reference.read(config.get('recipe', ''))
     )
-    summary, metrics = _numbers(summary), page.measured(events)
     scatter = missing.without('the map', lambda: figures.embeddings(found, source))
     missing.without('map.png', lambda: _save(scatter, workdir / 'map.png'))
     sections = {
         name: missing.without(f'the {name}', make)
         for name, make in (
             ('diagnosis', lambda: page.diagnose(rows, events, summary, config, recipe, images)),
-            ('curves', lambda: page.curves(rows, events, metrics, about, recipe)),
+            ('curves', lambda: page.curves(rows, events, about, recipe)),
             ('prototypes', lambda: page.prototypes(found, source)),
             ('map', lambda: page.embeddings(scatter, found)),
             ('neighbours', lambda: page.neighbors(found, source)),
             ('crops', lambda: page.crops(crops)),
-            ('settings', lambda: page.settings(config)),
+            ('settings', lambda: records.settings(config)),
         )
     }
-    text = page.render(
+    text = templates.render(
+        'report.html',
         title=workdir.resolve().name,
         subtitle=page.subtitle(about, summary, found),
-        tiles=page.tiles(summary, metrics),
+        tiles=page.tiles(summary, events),
         labelled=found.labels is not None,
         **sections,
     )
@@ -193,24 +192,3 @@ def _save(figure: Figure | None, path: Path) -> None:
         return
     with files.replacing(path) as temporary:
         figures.write(figure, temporary, dpi=120, format='png')
-
-
-def _read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-    if not isinstance(found, dict):
-        raise ValueError('it is damaged')
-    return found
-
-
-def _rows(path: Path) -> list[dict[str, float]]:
-    """The finite numbers of each row of a .jsonl file; a damaged row has none."""
-    return [_numbers(row) for row in read_rows(path) if isinstance(row, Mapping)]
-
-
-def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
-    """The values of a row that are numbers and small enough to be drawn."""
-    return {
-        name: value
-        for name, value in row.items()
-        if type(value) in (int, float) and abs(value) < 1e100  # false of NaN, too
-    }
