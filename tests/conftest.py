@@ -1,6 +1,7 @@
 """Tests run on 8 virtual CPU devices, with jaxtyping's shapes checked as functions are called."""
 
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -38,3 +39,16 @@ def quiet_libraries():
     from swav_jax import cli
 
     cli.quiet_libraries()
+
+
+@pytest.fixture(scope='module')
+def chromium():
+    """A browser, without which the test is skipped."""
+    from playwright.sync_api import sync_playwright
+
+    names = ('chromium', 'chromium-browser', 'google-chrome')
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip('needs Chromium')
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=found, args=['--no-sandbox'])

@@ -269,6 +269,10 @@ COMMANDS = {
         },
     ),
     'swav_jax.commands.replay': ([], {}),
+    'swav_jax.evaluate.compare': (
+        [],
+        {'--out': [*BAD_PATHS, '{folder}', '/dev/full', 'x.txt', 'metrics.jsonl', 'x.html/']},
+    ),
     'swav_jax.evaluate.knn': (
         [],
         {
@@ -410,6 +414,7 @@ def test_the_console_script_is_that_of_the_package():
         assert tomllib.load(file)['project']['scripts'] == {'swav_jax': 'swav_jax.commands:main'}
     assert {module for module, _, _ in commands.COMMANDS.values()} == {
         'swav_jax.main', 'swav_jax.export', 'swav_jax.commands.preview', 'swav_jax.commands.replay',
+        'swav_jax.evaluate.compare',
         *(f'swav_jax.evaluate.{name}' for name in EVALUATE),
     }  # fmt: skip
 
@@ -447,6 +452,7 @@ WITHOUT_JAX = {
     'report': (RUN, '--step=-1'),
     'export': (f'{RUN} --out={{new}}', '--layout=timm'),
     'replay': ('{run}', '--help=x'),
+    'compare': ('{run} {run}/', '--out=x.txt'),
 }
 MANY = """
 import contextlib, io, json, sys
@@ -471,7 +477,7 @@ def lines_without_jax(run, new):
         yield name, [*words, '--nonsense=1'], "'--nonsense=1' is not known"
         yield name, [*words, out_of_range], out_of_range.partition('=')[0]
         yield name, words[1:], 'missing'
-        if name not in ('export', 'replay'):
+        if name not in ('export', 'replay', 'compare'):
             yield name, [*words, '--config.evaluate.sise=3'], 'nearest one is --config.evaluate.si'
             yield name, [*words, '--config.evaluate.size=x'], 'must be a whole number'
             yield name, [*words, '--config.evaluate.size=0'], 'config.evaluate.size=0: must be'
@@ -486,6 +492,8 @@ def lines_without_jax(run, new):
             yield name, [*weights, '--config.evaluate.sise=3'], 'nearest one is --config.evaluate'
     yield 'train', [WITHOUT_JAX['plan'][0].format(**places)], '--workdir is missing'
     yield 'replay', [new], 'holds no dump'
+    yield 'compare', [run, new], 'new holds no metrics.jsonl'
+    yield 'compare', [run, run], 'are the same folder'
 
 
 def test_help_and_mistakes_of_every_command_are_fast(tmp_path):
@@ -493,6 +501,7 @@ def test_help_and_mistakes_of_every_command_are_fast(tmp_path):
     run = tmp_path / 'run'
     (run / 'checkpoints').mkdir(parents=True)
     (run / 'about.json').write_text('{}')
+    (run / 'metrics.jsonl').write_text('')
     (run / 'config.json').write_text(json.dumps(settings.to_dict(settings.default())))
     lines = list(lines_without_jax(str(run), str(tmp_path / 'new')))
     assert {name for name, _, _ in lines} == set(commands.COMMANDS)

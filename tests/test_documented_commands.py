@@ -90,7 +90,7 @@ def test_commands_are_found():
     assert len(list(commands())) > 60
     assert set(programs()) == {
         *('swav_jax.main', 'swav_jax.export'),
-        *('swav_jax.commands.preview', 'swav_jax.commands.replay'),
+        *('swav_jax.commands.preview', 'swav_jax.commands.replay', 'swav_jax.evaluate.compare'),
         *(f'swav_jax.evaluate.{name}' for name in EVALUATE),
         *(str(path.relative_to(ROOT)) for path in (ROOT / 'scripts').glob('*.py')
           if 'sys.argv' in path.read_text() and path.stem != 'benchmark_step'),
@@ -118,7 +118,7 @@ def taken(program, words, monkeypatch):
 
     def parse_and_stop(self, argv):
         found = parse(self, argv)
-        if not program.startswith('swav_jax.evaluate'):
+        if not program.startswith('swav_jax.evaluate') or program.endswith('compare'):
             if config := cli.read_config(getattr(found, 'config', None), found.changes):
                 settings.validate(config)
             raise Reached

@@ -21,6 +21,7 @@ FORBIDDEN = {
     'swav_jax.commands': ('jax', 'tensorflow', 'torch', 'flax'),
     'swav_jax.torch_weights': ('torch', 'tensorflow'),
     'swav_jax.data.sources': ('jax', 'flax'),
+    'swav_jax.evaluate.compare': ('jax', 'tensorflow', 'torch', 'flax'),
     'swav_jax.evaluate.model': ('swav_jax.cli', 'swav_jax.evaluate.command'),
 }
 

@@ -3,12 +3,10 @@
 import functools
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import sync_playwright
 from sklearn.manifold import trustworthiness
 
 from configs import demo
@@ -236,19 +234,6 @@ def test_pictures(workdir):
         path.name for path in workdir.iterdir() if path.suffix not in ('.png', '.json', '.jsonl')
     }
     assert left == {'report.html'}
-
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None
-)
-
-
-@pytest.fixture(scope='module')
-def chromium():
-    if CHROMIUM is None:
-        pytest.skip('needs Chromium')
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox'])
 
 
 @pytest.mark.parametrize(('width', 'phone'), [(1280, False), (390, True)])

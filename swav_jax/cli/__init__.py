@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
                 self._unknown(word)
         if {'-h', '--help'} & set(flags):
             self._help(rest, changes)
-        found, extra = self.parse_known_args(rest)
+        found, extra = self.parse_known_intermixed_args(rest)
         if extra:
             self._unknown(extra[0])
         found.changes = changes

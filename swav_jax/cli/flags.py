@@ -127,6 +127,27 @@ def report(parser: cli.Parser, argv: Sequence[str]) -> Flags:
     return _with_network(parser.parse(argv))
 
 
+def compare(parser: cli.Parser, argv: Sequence[str]) -> Flags:
+    """Several runs; `out` is None if it is not given."""
+    parser.add_argument('runs', nargs='+', type=cli.path, metavar='RUN', help='folder of a run')
+    text = 'page to write, *.html (default: compare.html; none with --json)'
+    _add(parser, '--out', _html, 'FILE', text)
+    text = 'print one JSON object for scripts, see above'
+    parser.add_argument('--json', action='store_true', help=text)
+    found = parser.parse(argv)
+    seen = {}
+    for folder in found.runs:
+        shown = printable(folder)
+        if not (folder / 'metrics.jsonl').is_file():
+            raise UserError(f'{shown} holds no metrics.jsonl: name the folder of a run')
+        other = seen.setdefault(folder.resolve(), shown)
+        if other is not shown:
+            raise UserError(f'{other} and {shown} are the same folder: name each run once')
+    if len(found.runs) < 2:
+        raise UserError('a second RUN is missing: name the folders of at least two runs')
+    return found
+
+
 def export(parser: cli.Parser, argv: Sequence[str]) -> Flags:
     """Weights of a run as a file."""
     _add(parser, '--workdir', cli.path, 'RUN', 'folder of the run', required=True)
@@ -270,6 +291,14 @@ def _with_classifier(found: Flags, centres: bool = False) -> Flags:
             )
         found.crop_scale = low, high
     return _with_network(found)
+
+
+def _html(text: str) -> Path:
+    """The type of a flag: a page to write, so that no record of a run is taken for it."""
+    path = cli.new_file(text)
+    if path.suffix != '.html':
+        raise argparse.ArgumentTypeError(f'={text}: must end in .html')
+    return path
 
 
 def _picture(text: str) -> Path:

@@ -25,6 +25,7 @@ COMMANDS = {
     'clusters': ('swav_jax.evaluate.clusters', flags.clusters, 'the prototype of each image'),
     'features': ('swav_jax.evaluate.features', flags.features, 'features of images as arrays'),
     'report': ('swav_jax.evaluate.report', flags.report, 'one HTML page of what a run learned'),
+    'compare': ('swav_jax.evaluate.compare', flags.compare, 'one HTML page over several runs'),
     'export': ('swav_jax.export', flags.export, "a run's weights as a file for PyTorch"),
     'replay': ('swav_jax.commands.replay', flags.replay, 'run a step that was not finite again'),
 }

@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # it imports JAX, which curves do not need
 
 _LONGEST = 20  # letters of a name
 BLUE, ORANGE, GRAY = '#2563a8', '#c2571a', '#6b7280'
+# Of curves over each other: colours, and lengths of dashes and gaps in widths of the line.
+_COLORS = (BLUE, ORANGE, '#2e8b57', '#8e44ad', '#d6224f', '#1aa5b8', '#8a7000', '#1f2937')
+_DASHES = ((), (4, 1.5), (1, 1.2), (6, 1.5, 1, 1.5))
+_MOST_POINTS = 300  # of a curve over others
 
 Rows = Sequence[Mapping[str, Any]]  # of metrics.jsonl or events.jsonl, with finite values
 
@@ -80,6 +84,47 @@ def metric(
     axes.set_title(title, loc='left', fontsize=11, parse_math=False)
     axes.set_xlabel('epoch')
     return figure
+
+
+def line_style(place: int) -> tuple[str, tuple[float, ...]]:
+    """Colour and dashes of one of several curves, by its place: 32 of them are different."""
+    turn, color = divmod(place, len(_COLORS))
+    return _COLORS[color], _DASHES[turn % len(_DASHES)]
+
+
+def compared(
+    runs: Sequence[Rows], name: str, title: str, reference: float | None = None, label: str = ''
+) -> Figure | None:
+    """A small figure of one number of several runs; None if no run has it.
+
+    Each run has the `line_style` of its place, and a dot where it ends; the first line is the
+    widest, so that equal curves do not hide each other. Long curves are drawn as means of their
+    neighbouring points. `reference` and `label` are those of `metric`.
+    """
+    curves = [_points(rows, name) for rows in runs]
+    if not any(points.size for points in curves):
+        return None
+    figure = Figure(figsize=(4.6, 2.9), layout='constrained')
+    axes = figure.subplots()
+    if reference is not None:
+        _reference(axes, reference, label)
+    widths = np.linspace(2.0, 1.3, len(curves))
+    for place, (points, width) in enumerate(zip(curves, widths, strict=True)):
+        (color, dashes), (x, y) = line_style(place), _means(points)
+        axes.plot(x, y, color=color, linestyle=(0, dashes), linewidth=width)
+        axes.plot(x[-1:], y[-1:], 'o', color=color, markersize=3.5)
+    axes.set_title(title, loc='left', fontsize=11, parse_math=False)
+    axes.set_xlabel('epoch')
+    _plain(axes)
+    return figure
+
+
+def _means(points: np.ndarray) -> np.ndarray:
+    """Points (2, n) in their order, averaged so that few enough are left to draw."""
+    if points.shape[1] <= _MOST_POINTS:
+        return points
+    parts = np.array_split(points[:, :-1], _MOST_POINTS - 1, axis=1)
+    return np.stack([*(part.mean(1) for part in parts), points[:, -1]], axis=1)
 
 
 def prototypes(
