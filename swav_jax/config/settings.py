@@ -34,8 +34,6 @@ class Setting(NamedTuple):
 
 # fmt: off
 SETTINGS = {
-    'recipe': Setting('', TEXT,
-        'its name; the report compares the run with the reference curves of this name'),
     # jax.random.key takes 32 bits of a seed and would make the same weights of 0 and 2**32.
     'seed': Setting(0, whole(0, 2**32 - 1), 'of first weights, image order, crops and distortions'),
     'precision': Setting('float32', one_of('float32', 'bfloat16', 'float16', 'float64'),
@@ -45,6 +43,8 @@ SETTINGS = {
     'init_from': Setting('', TEXT, "PyTorch weights, FILE or FILE:student, or a run's folder"),
     'init_allow_partial': Setting(False, SWITCH,
         'start from them even if they do not fill the trunk'),
+    'recipe': Setting('', TEXT,
+        'its name; the report compares the run with the reference curves of this name'),
 
     'data.source': Setting('', TEXT, 'the images: demo, folder:/path, …; see the README'),
     'data.limit': Setting(0, _STEPS, 'images to use, spread evenly over the source; 0: all'),

@@ -35,6 +35,7 @@ from swav_jax.cli.flags import compare as parse_compare
 from swav_jax.errors import printable
 from swav_jax.evaluate import figures, records, templates
 from swav_jax.evaluate.metrics import CURVES, Metric, measured, with_untrained
+from swav_jax.runs.progress_line import without_end
 from swav_jax.runs.rows import read_rows
 
 COMPARED = ('lr', 'active_prototypes', 'code_entropy', 'embedding_std', 'grad_norm')  # of CURVES
@@ -225,12 +226,10 @@ def _columns(
     yield 'epochs', _cells(finals, 'epoch', '{:.4g}', None)
     yield 'loss / ln K', _cells(finals, 'loss_over_ln_k', '{:.3f}', False)
     for name, metric in metrics.items():
-        if any(name in final or f'{name}_untrained' in final for final in finals):
+        if any(name in map(without_end, final) for final in finals):
             cells = _cells(finals, name, metric.form, metric.larger_is_better)
             for cell, final in zip(cells, finals, strict=True):
-                before = final.get(f'{name}_untrained')
-                if before is not None:
-                    cell['note'] = f'{metric.form.format(before)} untrained'
+                cell['note'] = ', '.join(metric.without_training(name, final))
             yield metric.tile, cells
     yield 'images/s', _cells(finals, 'images_per_second', '{:,.0f}', True)
 

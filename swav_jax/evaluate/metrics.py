@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swav_jax.runs.progress_line import UNTRAINED, without_end
+from swav_jax.runs.progress_line import UNTRAINED, WITHOUT_TRAINING, without_end
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Metric:
     tile: str
     form: str = '{:.3g}'
     larger_is_better: bool | None = True
+
+    def without_training(self, name: str, results: Mapping[str, float | None]) -> list[str]:
+        """What was reached without training, as '75.3% untrained', where `results` have it."""
+        found = ((what, results.get(f'{name}{end}')) for end, what in WITHOUT_TRAINING.items())
+        return [f'{self.form.format(value)} {what}' for what, value in found if value is not None]
 
 
 METRICS = {  # of online evaluations, by the names in events.jsonl

@@ -50,12 +50,8 @@ def tiles(summary: Mapping[str, float], events: figures.Rows) -> Iterable[tuple[
     """Values of the summary, and a text below each."""
     for name, metric in measured(events).items():
         if name in summary:
-            note = ''.join(
-                f', {metric.form.format(summary[f"{name}{end}"])} {what}'
-                for end, what in WITHOUT_TRAINING.items()
-                if f'{name}{end}' in summary
-            )
-            yield metric.form.format(summary[name]), f'{metric.tile}{note}'
+            text = ', '.join([metric.tile, *metric.without_training(name, summary)])
+            yield metric.form.format(summary[name]), text
     if 'loss_last' in summary:
         share = summary.get('loss_last_over_ln_k')
         note = '' if share is None else f', {share:.0%} of ln K'
