@@ -211,7 +211,7 @@ def test_the_band_of_the_loss_has_the_height_of_the_loss(monkeypatch):
     curves = {'loss_over_ln_k': curve, 'knn_top1': curve}
     recipe = reference.Reference('x', '1', 'm', 'c', (0,), {}, 10, curves)
     rows = [{'epoch': 1.0, 'loss': 3.0, 'loss_over_ln_k': 0.75, 'lr': 0.1}]
-    page.curves(rows, [], page.measured([]), {}, recipe)
+    page.curves(rows, [], {}, recipe)
     np.testing.assert_allclose(drawn['loss'], [[0.5, 2.0, 2.4, 2.8]])
     np.testing.assert_allclose(drawn['knn_top1'], curve)
     assert drawn['lr'] is None
