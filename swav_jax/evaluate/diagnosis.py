@@ -79,6 +79,11 @@ def findings(
     return sorted(found, key=lambda finding: NAMES.index(finding.name))
 
 
+def is_long_enough(rows: Sequence[Row], config: Mapping[str, Any]) -> bool:
+    """Whether a run of these rows and settings should have begun to learn."""
+    return _Run(rows, (), {}, config, None).learned
+
+
 @dataclass(frozen=True)
 class _Run:
     """What signs are read from; see `findings`."""

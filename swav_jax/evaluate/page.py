@@ -87,6 +87,7 @@ def diagnose(
         batch = max(images // steps // per_replica, 1) * per_replica
     content = {
         'findings': diagnosis.findings(rows, events, summary, config, batch),
+        'is_long_enough': diagnosis.is_long_enough(rows, config),
         'named': config.get('recipe', ''),
         'recipe': recipe,
     }
