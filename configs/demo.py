@@ -1,15 +1,21 @@
-"""SwAV on 10,000 images of Fashion-MNIST, on a laptop: learns in minutes what the classes are.
+"""SwAV on 10,000 images of Fashion-MNIST, on a laptop: in minutes better features than pixels.
 
-Paper      the method of Caron et al. 2020, arXiv 2006.09882, scaled down: a ResNet-18 with stages
-           of 8, 16, 32, 64 channels and a 3×3 stem, 2×28 + 4×16 crops, batch 64, 30 prototypes.
+Paper      the method of Caron et al. 2020, arXiv 2006.09882, scaled down: a ResNet-10 with stages
+           of 24, 48, 96, 192 channels and a 3×3 stem, 2×16 + 4×10 crops, batch 64, 60 prototypes.
 Data       embedded in the package, nothing to download (MIT licence, Zalando Research).
 Run        make demo
            or: python -m swav_jax.main --config configs/demo.py --workdir runs/demo
 
-What differs from the ImageNet recipe, and why: LARC moves too slowly for a run of a thousand steps,
-so plain SGD; a batch of 64 cannot fill thousands of prototypes, so 30, and a sharper epsilon; crops
-keep more of these small pictures. Jitter stays at full strength: with less of it the network
-clusters by mean brightness.
+What differs from the ImageNet recipe, and why:
+
+- Few pixels, many channels. A CPU multiplies large matrices best, and most of what tells these
+  images apart is left at 16 pixels. Crops and the evaluation have the same size, so that objects
+  look alike in both. The small stem keeps all of the pixels.
+- AdamW: LARC moves too slowly for a run of a thousand steps.
+- 60 prototypes and a sharper epsilon: a batch of 64 cannot fill thousands of prototypes.
+- One more layer in the head, which leaves the features below it more general.
+- Larger shares of the image in crops. Jitter and blur stay at full strength: with less of them the
+  task becomes too easy, and training longer stops helping.
 """
 
 from swav_jax import config as settings
@@ -24,24 +30,27 @@ def get_config():
     config.data.mean, config.data.std = (0.286,), (0.353,)
     config.data.canvas_size = 28
     config.data.num_crops = (2, 4)
-    config.data.size_crops = (28, 16)
+    config.data.size_crops = (16, 10)
     config.data.crop_scales = ((0.4, 1.0), (0.2, 0.4))
 
-    config.model.trunk.depth = 18
-    config.model.trunk.width_multiplier = 0.125
+    config.model.trunk.depth = 10
+    config.model.trunk.width_multiplier = 0.375
     config.model.trunk.stem = 'small'
-    config.model.head.dims = (0, 128, 32)
-    config.model.head.num_clusters = (30,)
+    config.model.head.dims = (0, 256, 256, 64)
+    config.model.head.num_clusters = (60,)
     config.model.temp_frozen_params_iter_map = (('head/prototypes0', 20),)
     config.loss.epsilon = 0.03
 
+    config.optimizer.name = 'adamw'
     config.optimizer.use_larc = False
-    config.optimizer.num_epochs = 10
+    config.optimizer.num_epochs = 7
     config.optimizer.param_schedulers.lr = settings.warmup_cosine(
-        warmup=0.1, base_value=1.6, start_value=0.024, end_value=1.6
+        warmup=0.1, base_value=4e-3, start_value=1e-5, end_value=4e-3
     )
 
     config.evaluate.train_source = 'demo'
     config.evaluate.test_source = 'demo:test'
-    config.evaluate.size = config.evaluate.resize = 28
+    config.evaluate.size = config.evaluate.resize = 18
+    config.evaluate.online = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')
+    config.evaluate.pixels = True
     return config

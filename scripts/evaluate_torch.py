@@ -1,13 +1,13 @@
 """Evaluate exported weights in PyTorch alone: kNN accuracy of torchvision's model that loads them.
 
     python -m swav_jax.export --workdir runs/demo --out runs/demo/trunk.pth
-    python scripts/evaluate_torch.py runs/demo/trunk.pth --arch resnet18 --data demo
+    python scripts/evaluate_torch.py runs/demo/trunk.pth --arch resnet18 --data demo --size 16
 
     python scripts/evaluate_torch.py trunk.pth --arch resnet50 --data /imagenet
 
 Nothing of JAX is imported. `--data demo` is the embedded Fashion-MNIST; a folder has one of `train`
-and one of `val`, with class folders in each. A ResNet of another width, stem or number of channels
-than torchvision's is made to fit the shapes in the file.
+and one of `val`, with class folders in each. A ResNet of another width, stem, depth or number of
+channels than torchvision's is made to fit the shapes in the file.
 """
 
 import argparse
@@ -37,14 +37,14 @@ def load_trunk(weights: Path, arch: str) -> torch.nn.Module:
     model.fc = torch.nn.Identity()
     stem = state.get('conv1.weight')
     if stem is not None and stem.shape != model.conv1.weight.shape:
-        _fit(model, stem)
+        _fit(model, state)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
-def _fit(model: torchvision.models.ResNet, stem: torch.Tensor) -> None:
-    """Gives a ResNet the width, the channels and the stem that its first weight has."""
-    width, channels, size, _ = stem.shape
+def _fit(model: torchvision.models.ResNet, state: dict[str, torch.Tensor]) -> None:
+    """Gives a ResNet the width, the channels, the stem and the blocks that its weights have."""
+    width, channels, size, _ = state['conv1.weight'].shape
     stride = 1 if size == 3 else 2
     model.inplanes = width
     model.conv1 = torch.nn.Conv2d(channels, width, size, stride, size // 2, bias=False)
@@ -54,15 +54,16 @@ def _fit(model: torchvision.models.ResNet, stem: torch.Tensor) -> None:
     for i in range(4):
         old = getattr(model, f'layer{i + 1}')
         stride = 1 if i == 0 else 2
-        new = model._make_layer(type(old[0]), width * 2**i, len(old), stride)
+        blocks = len({name.split('.')[1] for name in state if name.startswith(f'layer{i + 1}.')})
+        new = model._make_layer(type(old[0]), width * 2**i, blocks, stride)
         setattr(model, f'layer{i + 1}', new)
 
 
-def open_data(data: str) -> tuple[Dataset, Dataset]:
+def open_data(data: str, size: int = 28) -> tuple[Dataset, Dataset]:
     """Labelled images to vote with and to be judged on, resized, cropped and normalised."""
     if data == 'demo':
         arrays = np.load(DEMO)
-        return tuple(_demo(arrays, split) for split in ('train', 'test'))
+        return tuple(_demo(arrays, split, size) for split in ('train', 'test'))
     prepare = transforms.Compose(
         [
             transforms.Resize(256),
@@ -88,8 +89,9 @@ def _match_classes(train: Dataset, val: Dataset) -> None:
         print(f'{left_out} images of val are left out: train lacks their classes', file=sys.stderr)
 
 
-def _demo(arrays: np.lib.npyio.NpzFile, split: str) -> Dataset:
-    images = torch.from_numpy(arrays[f'{split}_images']).unsqueeze(1) / 255
+def _demo(arrays: np.lib.npyio.NpzFile, split: str, size: int) -> Dataset:
+    images = torch.from_numpy(arrays[f'{split}_images']).unsqueeze(1)
+    images = transforms.functional.resize(images, size) / 255
     labels = torch.from_numpy(arrays[f'{split}_labels']).long()
     return torch.utils.data.TensorDataset((images - 0.286) / 0.353, labels)
 
@@ -136,6 +138,9 @@ def main() -> None:
     parser.add_argument('weights', type=Path, help='what swav_jax.export wrote, layout torchvision')
     parser.add_argument('--arch', default='resnet50', help="name of one of torchvision's models")
     parser.add_argument('--data', default='demo', help="'demo', or a folder with train and val")
+    parser.add_argument(
+        '--size', type=int, default=28, help="side of the demo's images (config.evaluate.resize)"
+    )
     parser.add_argument('--k', type=int, default=20)
     parser.add_argument('--temperature', type=float, default=0.07)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -143,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model = load_trunk(args.weights, args.arch).to(args.device)
-        train, test = open_data(args.data)
+        train, test = open_data(args.data, args.size)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f'error: {error}')
     train, test = (features(model, data, args.device, args.workers) for data in (train, test))

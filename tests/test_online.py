@@ -111,8 +111,7 @@ def test_pixels_are_judged_like_features(evaluation):
     """Against scikit-learn's neighbours of the images themselves, in [0, 1], not normalised."""
     made = evaluation(online=('knn', 'linear', 'nmi'), k=1)
     with made.config.unlocked():
-        made.config.data.canvas_size = made.config.evaluate.size = 28
-        made.config.evaluate.resize = 28
+        made.config.data.canvas_size = 28  # the evaluation sees 16 pixels
     every_second = made.pair.train.take(range(0, 2000, 2))
     made.pair = dataclasses.replace(made.pair, train=every_second)
     found = made.run_on_pixels()
@@ -127,7 +126,7 @@ def test_pixels_are_judged_like_features(evaluation):
 
 def test_large_images_are_judged_at_64_pixels(config):
     c = config.copy_and_resolve_references().unlock()
-    c.evaluate.size, c.evaluate.resize = 128, 160
+    c.data.canvas_size, c.evaluate.size, c.evaluate.resize = 256, 128, 160
     found = extraction.pixels(sources.open_source('synthetic:8x200', channels=3), c)
     assert found.trunk.shape == (8, 64 * 64 * 3)
     assert found.trunk.min() >= 0 and found.trunk.max() <= 1

@@ -22,11 +22,13 @@ BATCH = 64
 
 
 class Training:
-    """The demo with a smaller trunk and fewer crops, in one precision, from any state."""
+    """SGD on the demo's images with a small trunk, in one precision, from any state."""
 
     def __init__(self, precision):
         c = main.parse([f'--config={ROOT}/configs/demo.py']).config
-        c.precision, c.data.num_crops = precision, (2, 2)
+        c.precision, c.data.num_crops, c.data.size_crops = precision, (2, 2), (28, 16)
+        c.optimizer.name = 'sgd'
+        c.model.head.dims, c.model.head.num_clusters = (0, 128, 32), (30,)
         c.model.trunk = trunks.section('regnet', depth=1, w_0=32, w_m=2.0, group_width=8)
         self.config, self.precision = c, precision
         self.mesh = make_mesh(c.model.sync_bn, jax.devices()[:1])

@@ -33,6 +33,7 @@ WIDEST = 65_536  # channels or features
 
 # Numbers of blocks in the four stages of a ResNet, by its depth.
 BLOCKS = {
+    10: (1, 1, 1, 1),
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
@@ -40,6 +41,7 @@ BLOCKS = {
     152: (3, 8, 36, 3),
     200: (3, 24, 36, 3),
 }
+STEM = one_of('imagenet', 'small')
 ABOVE_1 = real(math.nextafter(1, 2), 1000, 'a number above 1, at most 1000')
 
 
@@ -81,11 +83,7 @@ class ResNet:
     width_per_group: int = setting(64, whole(1, WIDEST), 'of these convolutions, in stage 1')
     layer4_stride: int = setting(2, one_of(1, 2), 'of the last stage; 1: a larger feature map')
     zero_init_residual: bool = setting(False, SWITCH, 'start each block as the identity')
-    stem: str = setting(
-        'imagenet',
-        one_of('imagenet', 'strided', 'small'),
-        '7×7, stride 2, max-pool; strided: 3×3, stride 2; small: 3×3, stride 1, for small images',
-    )
+    stem: str = setting('imagenet', STEM, '7×7, stride 2, max-pool; small: 3×3, stride 1, no pool')
 
     @property
     def has_bottlenecks(self) -> bool:
@@ -136,7 +134,7 @@ class RegNet:
     w_m: float = setting(0.0, given(ABOVE_1), "ratio of the stages' widths")
     group_width: int = setting(0, given(whole(1, WIDEST)), 'channels of a group (3×3 convolutions)')
     se_ratio: float = setting(0.25, real(0, 16), 'squeeze-and-excitation; 0: none (RegNetX)')
-    stem: str = setting('imagenet', one_of('imagenet', 'small'), '3×3, stride 2; small: stride 1')
+    stem: str = setting('imagenet', STEM, '3×3, stride 2; small: stride 1')
 
     STEM_WIDTH = 32
 

@@ -131,9 +131,10 @@ class _Pixels(nn.Module):
 def pixels(source: Source, config: ConfigDict, mesh: Mesh | None = None) -> Features:
     """The pixels of each image as its features: what a network without any layer would give.
 
-    They are in [0, 1]. An image is cropped as in `extract`, at most 64 pixels wide.
+    They are in [0, 1], of the part of an image that `extract` sees, in the size of the canvas, at
+    most 64 × 64: a trunk that is given fewer does not lower what it is compared with.
     """
-    size = min(config.evaluate.size, _PIXELS_SIDE)
+    size = min(config.data.canvas_size, _PIXELS_SIDE)
     resize = round(config.evaluate.resize * size / config.evaluate.size)
     raw = config.copy_and_resolve_references().unlock()
     raw.evaluate.update(size=size, resize=resize)

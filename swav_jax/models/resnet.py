@@ -17,8 +17,6 @@ from swav_jax.models.relu import relu
 from swav_jax.models.remat import run_stage
 from swav_jax.models.trunk import Trunk
 
-STEMS = {'imagenet': (7, 2), 'strided': (3, 2), 'small': (3, 1)}  # kernel, stride
-
 
 class BasicBlock(nn.Module):
     """Two 3×3 convolutions: depths 18 and 34."""
@@ -81,7 +79,10 @@ class ResNet(Trunk):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Images (N, H, W, channels) → features (N, F), float32 or wider."""
         width = self.settings.stem_width
-        x = self.conv(width, *STEMS[self.settings.stem], name='conv1')(x)
+        if self.settings.stem == 'imagenet':
+            x = self.conv(width, 7, 2, name='conv1')(x)
+        else:
+            x = self.conv(width, 3, name='conv1')(x)
         x = relu(self.norm(name='bn1')(x, train))
         if self.settings.stem == 'imagenet':
             x = max_pool(x)
