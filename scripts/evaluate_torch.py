@@ -1,7 +1,7 @@
 """Evaluate exported weights in PyTorch alone: kNN accuracy of torchvision's model that loads them.
 
     python -m swav_jax.export --workdir runs/demo --out runs/demo/trunk.pth
-    python scripts/evaluate_torch.py runs/demo/trunk.pth --arch resnet18 --data demo --size 16
+    python scripts/evaluate_torch.py runs/demo/trunk.pth --arch resnet18 --data demo --size 18
 
     python scripts/evaluate_torch.py trunk.pth --arch resnet50 --data /imagenet
 
