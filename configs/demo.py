@@ -43,7 +43,7 @@ def get_config():
 
     config.optimizer.name = 'adamw'
     config.optimizer.use_larc = False
-    config.optimizer.num_epochs = 7
+    config.optimizer.num_epochs = 6
     config.optimizer.param_schedulers.lr = settings.warmup_cosine(
         warmup=0.1, base_value=4e-3, start_value=1e-5, end_value=4e-3
     )

@@ -85,10 +85,10 @@ def test_slices_and_recomputing_show_in_the_memory():
     [
         ({}, None),
         ({'model.head.num_clusters': (300,)}, 'set config.loss.queue.queue_length=256'),
-        ({'data.limit': 500}, '500 images are fewer than 20 for each of 30 prototypes'),
+        ({'data.limit': 500}, '500 images are fewer than 20 for each of 60 prototypes'),
         (
             {'model.temp_frozen_params_iter_map': (('head/prototypes0', 5000),)},
-            'freezes for 5,000 of 1,560 steps',
+            'freezes for 5,000 of 936 steps',
         ),
         (
             {'loss.queue.queue_length': 128, 'loss.queue.start_iter': 2000},
