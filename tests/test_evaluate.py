@@ -110,6 +110,7 @@ def test_features_of_every_image_in_order(network):
     net, variables, config = network
     source = sources.open_source('demo:test', limit=37, channels=1)
     config.evaluate.batch_size = 10
+    config.evaluate.size = config.evaluate.resize = 28  # not resized, so not rounded
     found = extraction.extract(net, variables, source, config)
     assert len(found) == 37
     assert found.readable.all()
@@ -124,7 +125,7 @@ def test_features_of_every_image_in_order(network):
     np.testing.assert_allclose(found.trunk, trunk, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.embeddings, embeddings, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.scores[0], scores[0], rtol=1e-4, atol=1e-5)
-    assert found.scores[0].shape == (37, 30)
+    assert found.scores[0].shape == (37, 60)
     assert np.std(found.embeddings, 0).mean() > 0.001, 'the images differ'
 
     three = Mesh(np.array(jax.devices()[:3]).reshape(3, 1), meshes.AXES)

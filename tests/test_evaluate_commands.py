@@ -55,7 +55,7 @@ def test_a_run_is_loaded_with_its_settings(workdir):
     config = demo.get_config()
     config.evaluate.batch_size = 64
     assert settings.to_dict(model.config) == settings.to_dict(config)
-    assert model.config.data.size_crops == (28, 16)
+    assert model.config.data.size_crops == (16, 10)
     assert (model.step, model.has_head) == (3, True)
     older = settings.to_dict(config)
     del older['evaluate']['k']
@@ -89,7 +89,7 @@ def test_the_readmes_lines_of_python(workdir, tmp_path, monkeypatch):
     names = {'images': test.images}
     exec(code, names)
     assert np.mean(names['classes'] == test.labels) > 0.5
-    assert names['prototypes'].shape == (300,) and names['prototypes'].max() < 30
+    assert names['prototypes'].shape == (300,) and names['prototypes'].max() < 60
     assert names['nearest'].shape == (300, 20) and np.all(np.diff(names['similarity']) <= 0)
     np.testing.assert_allclose(names['codes'].sum(-1), np.ones((1, 300)), rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(names['found'].embeddings, axis=1), 1, rtol=1e-5)
@@ -115,9 +115,9 @@ def test_features_are_written(workdir, tmp_path, name):
         assert not list(out.glob('.*'))
     shapes = {name: array.shape for name, array in arrays.items()}
     assert shapes == {
-        'trunk': (100, 64),
-        'embeddings': (100, 32),
-        'scores0': (100, 30),
+        'trunk': (100, 192),
+        'embeddings': (100, 64),
+        'scores0': (100, 60),
         'labels': (100,),
         'readable': (100,),
         'names': (100,),

@@ -84,7 +84,7 @@ def test_the_imagenet_recipe_trains_on_a_folder_of_photographs(photographs, tmp_
         ('DEMO --config.data.crop_scales=((0.4,1.2),(0.2,0.4))', 'config.data.crop_scales'),
         ('DEMO --config.data.mean=(0.5,0.5,0.5)', 'config.data.mean'),
         ('DEMO --config.precision=float8', 'config.precision'),
-        ('DEMO --config.optimizer.name=adam', 'one of sgd, lars'),
+        ('DEMO --config.optimizer.name=adagrad', 'one of sgd, lars, adam, adamw'),
         ('DEMO --config.optimizer.param_schedulers.lr.lengths=(0.1,0.8)', 'sum to 1, not to 0.9'),
         (
             'DEMO --config.data.batchsize_per_replica=20000',

@@ -150,7 +150,7 @@ def test_last_feature_map(trunk, size, last):
     ('trunk', 'message'),
     [
         (dict(name='resnet50'), "name='resnet50': must be one of resnet, regnet, regnet_y_400mf"),
-        (dict(depth=51), 'depth=51: must be one of 18, 34'),
+        (dict(depth=51), 'depth=51: must be one of 10, 18, 34'),
         (dict(stem='tiny'), "stem='tiny': must be one of imagenet, small"),
         (dict(layer4_stride=3), 'layer4_stride=3: must be one of 1, 2'),
         (dict(width_multiplier=0.0), r'width_multiplier=0\.0: must be a number above 0'),

@@ -353,7 +353,7 @@ def test_neighbours_are_others_and_readable():
 
 
 def test_crops_are_those_of_training(crops):
-    shapes = [(28, 28, 1)] * 2 + [(16, 16, 1)] * 4
+    shapes = [(16, 16, 1)] * 2 + [(10, 10, 1)] * 4
     assert [[crop.shape for crop in image] for image in crops] == [shapes] * 3
     assert all(crop.dtype == np.uint8 for image in crops for crop in image)
     assert np.std([image[0].mean() for image in crops]) > 1, 'of different images'
