@@ -3,6 +3,7 @@
 import dataclasses
 import types
 
+import jax
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -144,6 +145,15 @@ def test_linear_probe_is_logistic_regression_of_standardised_features():
     theirs = LogisticRegression(max_iter=1000).fit(scaler.transform(x[fit]), labels[fit])
     expected = 100 * theirs.score(scaler.transform(x[judged]), labels[judged])
     assert ours == pytest.approx(expected, abs=0.7), 'one image of 160'
+
+
+def test_a_run_in_float64_has_the_same_linear_probe():
+    """Its optimizer computes in float32, whatever JAX's default is."""
+    x = np.random.default_rng(0).normal(size=(80, 6))
+    labels = (x[:, 0] + x[:, 1] > 0).astype(int)
+    expected = logistic.accuracy(x, labels, x, labels)
+    with jax.enable_x64(True):
+        assert logistic.accuracy(x, labels, x, labels) == expected
 
 
 def test_a_feature_that_is_constant_does_not_count(evaluation):

@@ -156,6 +156,7 @@ def test_the_files_of_the_package_can_be_read():
 @pytest.mark.slow
 def test_the_command_writes_the_file_and_resumes(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['reference.py'])
+    monkeypatch.setenv('XLA_FLAGS', '--xla_force_host_platform_device_count=1')
     words = ['tiny', f'--config={TINY}', '--seeds', '0', '1', f'--keep_runs={tmp_path}/runs']
     assert call('scripts/reference.py', *words, f'--out={tmp_path}/tiny.json') == 0
     found = reference.read('tiny', tmp_path)

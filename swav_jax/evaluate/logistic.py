@@ -40,8 +40,9 @@ def fit(
     mean, spread = features.mean(0), np.maximum(features.std(0), 1e-6)
     x = jnp.asarray((features - mean) / spread, jnp.float32)
     shape = (features.shape[1], num_classes)
+    unit = jnp.asarray(1 / spread, jnp.float32)  # not float64 where a run enables it
     weights, bias = _minimise(
-        x, jnp.asarray(labels), 1 / spread, shape, 1 / (c * len(x)), tolerance, max_steps
+        x, jnp.asarray(labels), unit, shape, 1 / (c * len(x)), tolerance, max_steps
     )
     weights = np.asarray(weights) / spread[:, None]
     return weights, np.asarray(bias) - mean @ weights
@@ -83,6 +84,6 @@ def _minimise(x, labels, unit, shape, decay, tolerance, max_steps):
         steepest = jnp.max(jnp.array([jnp.max(jnp.abs(g)) for g in grad]))
         return step + 1, optax.apply_updates(params, updates), state, steepest
 
-    start = jnp.zeros(shape), jnp.zeros(shape[1])
+    start = jnp.zeros(shape, x.dtype), jnp.zeros(shape[1], x.dtype)
     carry = 0, start, solver.init(start), jnp.float32(jnp.inf)
     return lax.while_loop(lambda c: (c[0] < max_steps) & (c[3] > tolerance), move, carry)[1]
