@@ -14,8 +14,7 @@ What differs from the ImageNet recipe, and why:
 - AdamW: LARC moves too slowly for a run of a thousand steps.
 - 60 prototypes and a sharper epsilon: a batch of 64 cannot fill thousands of prototypes.
 - One more layer in the head, which leaves the features below it more general.
-- Larger shares of the image in crops. Jitter and blur stay at full strength: with less of them the
-  task becomes too easy, and training longer stops helping.
+- Larger shares of the image in crops. Jitter and blur stay at full strength.
 """
 
 from swav_jax import config as settings

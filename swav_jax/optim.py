@@ -97,14 +97,11 @@ def freeze_first(
       ValueError: at `init`, if a pattern fits no parameter.
     """
 
-    def check(params):
+    def init(params):
         names = [f'/{path_name(path)}/' for path, _ in jax.tree.leaves_with_path(params)]
         for pattern in iters:
             if not any(f'/{pattern}/' in name for name in names):
                 raise ValueError(f'the pattern {pattern!r} fits none of the parameters')
-
-    def init(params):
-        check(params)
         return FreezeState(jnp.zeros((), jnp.int32), inner.init(params))
 
     def update(grads, state, params=None):

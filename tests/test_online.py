@@ -74,6 +74,17 @@ def test_alignment_needs_two_crops_of_the_largest_size(evaluation, state):
     assert one.run(state).keys() == {'uniformity'}
 
 
+def test_a_single_image_has_no_uniformity(evaluation, state):
+    """A mean over no pairs would be NaN; crops of images that cannot be read say nothing."""
+    made = evaluation(labels=False, online=('alignment', 'rankme'))
+    made.test = made.test.take([0])
+    assert made.run(state).keys() == {'alignment', 'rankme', 'rankme_embeddings'}
+    seen = online.Seen(
+        test=types.SimpleNamespace(embeddings=np.eye(3), readable=np.array([True, False, False]))
+    )
+    assert made.evaluations[0].run(seen) == {}
+
+
 def test_only_what_is_judged_is_computed(evaluation, state, monkeypatch):
     """Scores of ImageNet for 3,000 prototypes take 15 GB."""
     asked = []

@@ -122,9 +122,9 @@ def test_other_settings_are_listed():
     }
     recipe = reference.Reference('x', '1', 'm', 'c', (0,), theirs, 10, {})
     assert reference.differences(recipe, ours) == [
-        ('loss.epsilon', 0.05, 0.5),
-        ('train.per_crop_pass', False, True),
-        ('evaluate.k', 20, 5),
+        ('config.loss.epsilon', '0.05', '0.5'),
+        ('config.train.per_crop_pass', 'false', 'true'),
+        ('config.evaluate.k', '20', '5'),
     ]
 
 

@@ -35,7 +35,7 @@ from swav_jax.cli.flags import compare as parse_compare
 from swav_jax.errors import printable
 from swav_jax.evaluate import figures, records, templates
 from swav_jax.evaluate.metrics import CURVES, Metric, measured, with_untrained
-from swav_jax.runs.progress_line import without_end
+from swav_jax.runs.results import without_end
 from swav_jax.runs.rows import read_rows
 
 COMPARED = ('lr', 'active_prototypes', 'code_entropy', 'embedding_std', 'grad_norm')  # of CURVES

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
+from swav_jax.runs.results import PIXELS
+
 STUCK = 0.98  # of ln K: hardly better than telling no images apart
 LEARNING = 0.95  # of ln K: some images are told apart
 RISE = 0.03  # of ln K, by which a loss must rise to count
@@ -185,7 +187,7 @@ def _prototypes(run: _Run) -> Iterator[Finding]:
 
 def _unused(run: _Run) -> Iterator[Finding]:
     for name, heading, seen in (
-        ('prototypes_empty', 'Empty prototypes', 'are nearest to no test image'),
+        ('prototypes_empty', 'Empty prototypes', 'are nearest to no image'),
         ('prototypes_near_duplicates', 'Near duplicates', 'are nearly the same as another one'),
     ):
         count = run.result(name)
@@ -330,7 +332,7 @@ def _overflows(run: _Run) -> Iterator[Finding]:
 def _pixels(run: _Run) -> Iterator[Finding]:
     seen = []
     for name, title in (('knn_top1', 'kNN'), ('linear_top1', 'a linear classifier')):
-        ours, pixels = run.result(name), run.summary.get(f'{name}_pixels')
+        ours, pixels = run.result(name), run.summary.get(f'{name}{PIXELS}')
         if None not in (ours, pixels) and run.learned and ours < pixels:
             seen.append(f'{title} reaches {ours:.1f}% on features and {pixels:.1f}% on raw pixels')
     if seen:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from swav_jax.runs.progress_line import UNTRAINED, WITHOUT_TRAINING, without_end
+from swav_jax.runs.results import UNTRAINED, WITHOUT_TRAINING, without_end
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from swav_jax.data import sources
 from swav_jax.errors import UserError
 from swav_jax.evaluate import clusters, extraction, gallery, geometry, knn, labelled, logistic
 from swav_jax.models.head import prototype_scores
-from swav_jax.runs.progress_line import PIXELS
+from swav_jax.runs.results import PIXELS
 from swav_jax.state import TrainState
 
 PICTURED = 2000  # images to show if no test images are named
@@ -41,8 +41,8 @@ class Seen:
       pair: labelled images to learn from, and those of their classes to test on, which are
         `pair.rows` of `test`; None without labels.
       prototypes: (K, D) for each prototype head.
-      crops: embeddings (2, N, D) of two training crops of some images; None if the settings have
-        only one of the largest size.
+      crops: returns embeddings (2, N, D) of two training crops of some images; None if the settings
+        have only one of the largest size, or none of these images can be read.
     """
 
     test: extraction.Features
@@ -163,10 +163,13 @@ class AlignmentUniformity(Evaluation):
     of_test = ('embeddings',)
 
     def run(self, seen: Seen) -> Results:
-        """Judge embeddings; there is no alignment if settings have one large crop only."""
-        found = {'uniformity': geometry.uniformity(seen.test.embeddings[seen.test.readable])}
-        crops = seen.crops()
-        return found if crops is None else found | {'alignment': geometry.alignment(*crops)}
+        """Judge embeddings; one image has no uniformity, one large crop no alignment."""
+        embeddings, found = seen.test.embeddings[seen.test.readable], {}
+        if len(embeddings) > 1:
+            found['uniformity'] = geometry.uniformity(embeddings)
+        if (crops := seen.crops()) is not None:
+            found['alignment'] = geometry.alignment(*crops)
+        return found
 
 
 class Prototypes(Evaluation):
@@ -334,8 +337,10 @@ class OnlineEvaluation:
         config = self.config.copy_and_resolve_references().unlock()
         config.data = data
         batch, crops = gallery.first_crops(self.test, config, images=min(_PAIRED, len(self.test)))
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
         readable = batch['weight'] > 0
+        if not readable.any():
+            return None
+        variables = {'params': state.params, 'batch_stats': state.batch_stats}
         return np.stack([extraction.embed(self.net, variables, x)[readable] for x in crops])
 
 

@@ -1,6 +1,5 @@
 """The content of a report's page; its layout is in report.html."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from swav_jax.data.images import Source
 from swav_jax.evaluate import diagnosis, figures, gallery, reference
 from swav_jax.evaluate.extraction import Features
 from swav_jax.evaluate.metrics import CURVES, measured, with_untrained
-from swav_jax.runs.progress_line import PIXELS, WITHOUT_TRAINING
+from swav_jax.runs.results import PIXELS, WITHOUT_TRAINING
 
 Picture = dict[str, Any]  # `src`, and other attributes that report.html uses
 
@@ -104,10 +103,7 @@ def diagnose(
         for verdict in reference.compare(recipe, reference.curves(rows, events))
     ]
     content['outside'] = sum(said != reference.INSIDE for _, said, _ in content['curves'])
-    content['other_settings'] = [
-        (f'config.{name}', json.dumps(theirs), json.dumps(ours))
-        for name, theirs, ours in reference.differences(recipe, config)
-    ]
+    content['other_settings'] = reference.differences(recipe, config)
     if steps and steps != recipe.steps_per_epoch:
         content['other_settings'].append(('steps of an epoch', recipe.steps_per_epoch, steps))
     return content

@@ -9,9 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-# Ends of the names of numbers that were measured without training, and what they are.
-UNTRAINED, PIXELS = '_untrained', '_pixels'
-WITHOUT_TRAINING = {UNTRAINED: 'untrained', PIXELS: 'raw pixels'}
+from swav_jax.runs.results import WITHOUT_TRAINING, without_end
 
 _SECONDS_BETWEEN_LINES = 30  # where the output is not a terminal
 
@@ -67,11 +65,6 @@ class ProgressLine:
         for name in names:
             table.add_row(name, *(_shown(summary.get(f'{name}{end}', '')) for end in ('', *ends)))
         self._console.print(table)
-
-
-def without_end(name: str) -> str:
-    """The name of a result without `UNTRAINED` or `PIXELS` at its end."""
-    return name.removesuffix(UNTRAINED).removesuffix(PIXELS)
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from swav_jax.runs import nan_dump
 from swav_jax.runs.collapse import Collapse
 from swav_jax.runs.monitor import Monitor
 from swav_jax.runs.nan_skip import SkipBatches, after_nan
-from swav_jax.runs.progress_line import UNTRAINED
+from swav_jax.runs.results import UNTRAINED
 from swav_jax.runs.signals import SAVE, STOP, STOP_FOR_USER, Interrupted, Signals
 from swav_jax.training.setup import Setup
 

@@ -13,7 +13,9 @@ from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+
+from swav_jax.evaluate import records
+from swav_jax.runs.results import PIXELS, UNTRAINED
 
 FOLDER = Path(__file__).parent
 LOGGED = ('loss_over_ln_k', 'active_prototypes', 'code_entropy', 'embedding_std')
@@ -156,10 +158,10 @@ def curves(rows: Rows, events: Rows) -> dict[str, Curve]:
     for row in events:
         epoch = row.get('epoch')
         for name, value in row.items():
-            if name in ('step', 'epoch') or name.endswith('_pixels') or value is None:
+            if name in ('step', 'epoch') or name.endswith(PIXELS) or value is None:
                 continue  # the last are of the data, not of the run
             if epoch is not None and epoch % 1 == 0:
-                found.setdefault(name.removesuffix('_untrained'), {})[float(epoch)] = value
+                found.setdefault(name.removesuffix(UNTRAINED), {})[float(epoch)] = value
     return found
 
 
@@ -196,16 +198,18 @@ def compare(reference: Reference, found: Mapping[str, Curve]) -> Iterator[Verdic
         yield Verdict(name, epochs, out, side)
 
 
-def differences(reference: Reference, config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Name, the recipe's value and the run's of each setting that differs and moves the curves.
+def differences(reference: Reference, config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, the recipe's JSON and the run's of each setting that differs and moves the curves.
 
     Settings that only one of the two has are those of another version, and are left out.
     """
-    theirs, ours = (flatten_dict(dict(each), sep='.') for each in (reference.config, config))
+    theirs, ours = records.settings(reference.config), records.settings(config)
+    free = tuple(f'config.{name}' for name in FREE)
     return [
         (name, theirs[name], ours[name])
         for name in theirs
         if name in ours
         and theirs[name] != ours[name]
-        and not any(name == free or name.startswith(f'{free}.') for free in FREE)
+        and not name.startswith(tuple(f'{each}.' for each in free))
+        and name not in free
     ]
