@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
@@ -39,6 +40,12 @@ def quiet_libraries():
     from swav_jax import cli
 
     cli.quiet_libraries()
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    """`configs/` is found wherever pytest began and wherever the test before went."""
+    monkeypatch.chdir(Path(__file__).parents[1])
 
 
 @pytest.fixture(scope='module')

@@ -142,7 +142,6 @@ def taken(program, words, monkeypatch):
 
 
 def test_documented_commands_are_taken(places, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
     wrong, count = [], 0
     for document, program, words in commands():
         if program in ('scripts/launch_local.py', 'scripts/evaluate_torch.py'):
@@ -192,9 +191,8 @@ def documented_settings():
             yield path.name, f'{path.name}:{word}'
 
 
-def test_documented_settings_load(monkeypatch):
+def test_documented_settings_load():
     """Words after a colon, alone and combined, and the flags beside them."""
-    monkeypatch.chdir(ROOT)
     found = set(documented_settings())
     words = {line.partition(' ')[0].partition(':')[2] for _, line in found}
     assert words >= {'', '100', '200', '800', '2x224', '2x160+4x96', '6x160', 'head3', 'head4096',
@@ -207,8 +205,7 @@ def test_documented_settings_load(monkeypatch):
         assert document and config.optimizer.num_epochs
 
 
-def test_a_plan_and_a_page_of_settings_are_whole(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+def test_a_plan_and_a_page_of_settings_are_whole(capsys):
     assert call('swav_jax.main', '--config=scripts/tiny.py', '--plan', '--replicas=2') == 0
     assert 'steps ' in capsys.readouterr().out
     assert call('swav_jax.main', '--help', '--config', 'configs/swav_r50.py:800') == 0

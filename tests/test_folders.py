@@ -146,7 +146,7 @@ def test_images_beside_class_folders_are_left_out_and_said(tmp_path):
     assert '7: 0.png, 1.png, 2.png and 4 more' in source.notes[0]
 
 
-def test_what_is_no_file_is_left_out_and_never_opened(tmp_path):
+def test_what_is_no_file_is_left_out_and_never_opened(tmp_path, monkeypatch):
     make(tmp_path, 'a/1.png', 'b/1.png')
     os.mkfifo(tmp_path / 'a' / 'pipe.png')
     (tmp_path / 'a' / 'broken.png').symlink_to(tmp_path / 'gone')
@@ -154,7 +154,7 @@ def test_what_is_no_file_is_left_out_and_never_opened(tmp_path):
     (tmp_path / 'a' / 'zero.jpg').symlink_to('/dev/zero')
     (tmp_path / 'a' / 'folder.jpg').mkdir()
     with socket.socket(socket.AF_UNIX) as server:
-        os.chdir(tmp_path)  # a socket's path is short
+        monkeypatch.chdir(tmp_path)  # a socket's path is short
         server.bind('b/socket.png')
         source = opened(tmp_path)
     assert names(source) == ['a/1.png', 'b/1.png'] and len(source.notes) == 1

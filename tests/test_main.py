@@ -125,10 +125,7 @@ def test_the_imagenet_recipe_trains_on_a_folder_of_photographs(photographs, tmp_
         ('R50 --config.data.source=floder:/none', 'floder'),
     ],
 )
-def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
-    flags, message, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(ROOT)
+def test_what_a_user_can_mend_is_one_line_and_exit_code_2(flags, message, tmp_path, capsys):
     for name in ('demo', 'swav_r50'):
         short = {'demo': 'DEMO', 'swav_r50': 'R50'}[name]
         flags = flags.replace(short, f'--config=configs/{name}.py --workdir={tmp_path}')
@@ -138,15 +135,13 @@ def test_what_a_user_can_mend_is_one_line_and_exit_code_2(
     assert message in error
 
 
-def test_a_workdir_that_cannot_be_written_is_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_workdir_that_cannot_be_written_is_said(tmp_path, capsys):
     (tmp_path / 'file').write_text('')
     assert main(['--config=configs/demo.py', f'--workdir={tmp_path}/file/run']) == 2
     assert 'cannot be written' in capsys.readouterr().err
 
 
-def test_a_folder_without_images_is_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_folder_without_images_is_said(tmp_path, capsys):
     flags = [f'--config.data.source=folder:{tmp_path}', f'--workdir={tmp_path}/run']
     assert main(['--config=configs/swav_r50.py', *flags]) == 2
     assert 'no images' in capsys.readouterr().err

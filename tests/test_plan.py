@@ -16,9 +16,8 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def show(capsys, monkeypatch):
+def show(capsys):
     """The plan that main prints."""
-    monkeypatch.chdir(ROOT)
 
     def show(config, *flags):
         code = main([f'--config=configs/{config}.py', '--plan', *flags])
@@ -128,8 +127,7 @@ def test_warnings_come_with_remedies(changes, warning):
     assert warning is None or warning in warnings[0]
 
 
-def test_a_batch_larger_than_the_data_is_refused(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_batch_larger_than_the_data_is_refused(capsys):
     flags = ['--config=configs/demo.py', '--plan', '--replicas=64', '--config.data.limit=100']
     assert main(flags) == 2
     assert "makes a batch of 4096 images, but 'demo' has only 100" in capsys.readouterr().err

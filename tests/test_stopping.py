@@ -119,10 +119,7 @@ def test_a_signal_ends_an_evaluation_which_the_next_start_makes_up_for(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_workdir_in_use_is_refused_and_checkpoints_follow_the_clock(
-    tmp_path, capsys, monkeypatch
-):
-    monkeypatch.chdir(ROOT)
+def test_a_workdir_in_use_is_refused_and_checkpoints_follow_the_clock(tmp_path, capsys):
     child = Run(tmp_path / 'run', '--config.checkpoint.every_minutes=0.01')
     try:
         child.wait_for(lambda: child.has_steps(1))
