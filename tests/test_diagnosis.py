@@ -89,7 +89,7 @@ def test_a_bad_log_has_its_sign(name):
 
 
 BAD_SETTINGS = {
-    'More prototypes than the batch can fill': (dict(model__head__num_clusters=(300,)), {}),
+    'More prototypes than the batch can fill': (dict(model__head__num_clusters=(600,)), {}),
     'Soft codes': (dict(loss__epsilon=0.5), dict(code_entropy=along(LN_K, LN_K))),
     'Loss rises after the freeze': (
         dict(model__temp_frozen_params_iter_map=(('head/prototypes0', 156),)),

@@ -161,7 +161,7 @@ def test_signs_of_trouble_are_named(logged):
     """The batch over all devices is known from the number of images and of steps."""
     workdir, found, source, _ = logged
     config = settings.to_dict(demo.get_config())
-    config['model']['head']['num_clusters'] = [300]
+    config['model']['head']['num_clusters'] = [600]
     config['data']['batchsize_per_replica'] = 64
     config['recipe'] = 'mine'
     (workdir / 'config.json').write_text(json.dumps(config))

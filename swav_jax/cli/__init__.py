@@ -205,7 +205,7 @@ def read_config(spec: str | None, changes: Sequence[tuple[str, str | None]]) -> 
     """
     if spec is None and changes:
         raise UserError(f'--{changes[0][0]} needs a --config that it can change')
-    return None if spec is None else override(load_config(spec), changes)
+    return None if spec is None else override(load_config(spec, changes), changes)
 
 
 def command(

@@ -257,8 +257,9 @@ def _with_network(found: Flags) -> Flags:
         if value is not None and not getattr(found, needs):
             raise UserError(f'--{flag}={value} goes with --{needs}')
     if found.weights:
-        config = settings.default() if found.config is None else cli.load_config(found.config)
-        found.config = cli.override(config, found.changes)
+        file, changes = found.config, found.changes
+        config = settings.default() if file is None else cli.load_config(file, changes)
+        found.config = cli.override(config, changes)
         settings.validate(found.config)
         file = str(found.weights).rpartition(':')[0]  # of FILE:PART
         if not (found.weights.exists() or Path(file).is_file()):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Iterator
 
 import jax
@@ -23,6 +24,7 @@ IMAGENET = 1_281_167  # images of the training set
 DECODED_PER_CORE = 750
 DEVICES_PER_PROCESS = 8  # for group_size=-1, if the plan is for more devices than there are here
 IMAGES_PER_PROTOTYPE = 20  # fewer hardly make a cluster
+INDENT = ' ' * 4  # of a reason under its setting
 CURVE = (60, 8)  # columns and rows of the plot
 
 
@@ -67,8 +69,11 @@ def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
     rates = np.array([float(schedule(int(step))) for step in places])
 
     for name, value in settings.flatten(config):
-        print(f'--{name}={settings.to_dict(value)}')
+        if name != 'config.choices':
+            print(f'--{name}={settings.to_dict(value)}')
     print()
+    for line in reasons(config):
+        print(line)
     for label, text in describe(config, sizes, mesh, found, images_per_second):
         print(f'{label:<22}{text}')
     print(f'\nlearning rate over {sizes.total_steps:,} steps, up to {rates.max():.4g}')
@@ -89,6 +94,17 @@ def count_images(config: ConfigDict) -> tuple[int, list[str]]:
             f'{error}; the plan assumes {assumed:,} images: --config.data.limit sets another number'
         ]
     return len(source), []
+
+
+def reasons(config: ConfigDict) -> Iterator[str]:
+    """Yield the settings that the recipe has chosen, and why; lines end with an empty one."""
+    values = dict(settings.flatten(config))
+    for name, reason in config.choices:
+        value = f'={settings.to_dict(values[name])}' if name in values else ''
+        yield f'{name}{value}'
+        yield from textwrap.wrap(reason, 98, initial_indent=INDENT, subsequent_indent=INDENT)
+    if config.choices:
+        yield ''
 
 
 def cost(

@@ -7,11 +7,12 @@ way, that is reported in one line.
 import ast
 import contextlib
 import difflib
+import functools
 import inspect
 import re
 import runpy
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,14 @@ BOOLEANS = dict.fromkeys(('true', 't', 'yes', 'y', '1'), True)
 BOOLEANS |= dict.fromkeys(('false', 'f', 'no', 'n', '0'), False)
 
 
-def load_config(spec: str) -> ConfigDict:
+Changes = Sequence[tuple[str, str | None]]  # names and texts: ('config.loss.epsilon', '0.03')
+
+
+def load_config(spec: str, changes: Changes = ()) -> ConfigDict:
     """Call the `get_config` of a file; `spec` is FILE or FILE:WORDS.
+
+    A `get_config` with an argument `given` gets the default settings with `changes` in it, so that
+    its choices can depend on them. The result does not contain the changes.
 
     Raises:
       UserError: there is no such file, it fails, or it returns something else than the settings.
@@ -35,6 +42,11 @@ def load_config(spec: str) -> ConfigDict:
     file, words = _split_spec(spec)
     try:
         get_config = runpy.run_path(str(file)).get('get_config')
+        if not callable(get_config):
+            raise UserError('--config: the file has no function get_config that returns settings')
+        if 'given' in _parameters(get_config):
+            given = override(settings.default(), changes).lock()
+            get_config = functools.partial(get_config, given=given)
         config = get_config(*_arguments(get_config, words))
         _check_whole(config, settings.default(), 'config', ())
         config.model.trunk = trunks.adopt(config.model.trunk)
@@ -65,8 +77,6 @@ def _split_spec(spec: str) -> tuple[Path, str]:
 
 def _arguments(get_config: Callable[..., Any], words: str) -> list[str]:
     """The arguments of `get_config`, which may require words, accept them or take none."""
-    if not callable(get_config):
-        raise UserError('--config: the file has no function get_config that returns the settings')
     takes = [len(given) for given in ((), ('',)) if _binds(get_config, given)]
     if words and 1 not in takes:
         raise UserError(f'--config: {words!r} after the colon: this file takes no words there')
@@ -81,6 +91,13 @@ def _binds(function: Callable[..., Any], given: tuple[str, ...]) -> bool:
     except ValueError:  # a builtin without a signature
         pass
     return True
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # a builtin without a signature
+        return {}
 
 
 def _check_whole(value: Any, default: Any, name: str, above: tuple[int, ...]) -> None:
@@ -123,7 +140,7 @@ def _where(error: BaseException, file: Path) -> str:
     return f'{file}{line}: {type(error).__name__}'
 
 
-def override(config: ConfigDict, changes: Sequence[tuple[str, str | None]]) -> ConfigDict:
+def override(config: ConfigDict, changes: Changes) -> ConfigDict:
     """Set `config.a.b` or `config.a.b[0]` to the value of a text, in the type of the setting.
 
     A new name of the trunk counts first, because the other settings of the trunk depend on it.

@@ -15,6 +15,9 @@ from swav_jax.config.trunks import WIDEST
 
 MOST_STEPS = 2**31 - 1  # steps are counted in int32
 MOST_CROPS = 100  # of an image
+# For each image of the batch and the queue: lightly trains CIFAR-10 with 512 in a batch of 128, the
+# demo learns alike with up to 200 in a batch of 64; with more, codes spread over chance prototypes.
+MOST_PROTOTYPES_PER_IMAGE = 4
 ONLINE = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')  # evaluations in a run
 MOST_HEADS = 16  # of prototypes, and layers of the projection
 
@@ -45,6 +48,8 @@ SETTINGS = {
         'start from them even if they do not fill the trunk'),
     'recipe': Setting('', TEXT,
         'its name; the report compares the run with the reference curves of this name'),
+    'choices': Setting((), Several(Pair(TEXT, TEXT), 0, 100),
+        'settings that the recipe has chosen, and why; --plan prints them'),
 
     'data.source': Setting('', TEXT, 'the images: demo, folder:/path, …; see the README'),
     'data.limit': Setting(0, _STEPS, 'images to use, spread evenly over the source; 0: all'),

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
+from swav_jax.config.settings import MOST_PROTOTYPES_PER_IMAGE
 from swav_jax.runs.results import PIXELS
 
 STUCK = 0.98  # of ln K: hardly better than telling no images apart
@@ -204,12 +205,13 @@ def _too_many(run: _Run) -> Iterator[Finding]:
     if run.batch is None:
         return
     queue = run.config['loss']['queue']['queue_length'] // run.batch * run.batch
-    if run.batch + queue < run.prototypes:
+    samples, most = run.batch + queue, MOST_PROTOTYPES_PER_IMAGE
+    if run.prototypes > most * samples:
         yield Finding(
             'More prototypes than the batch can fill',
-            f'{run.batch + queue:,} images (batch and queue) share {run.prototypes:,} prototypes '
-            'in equal parts, less than one image each',
-            f'use at most {run.batch + queue:,} prototypes (config.model.head.num_clusters), a '
+            f'{samples:,} images (batch and queue) share {run.prototypes:,} prototypes in equal '
+            f'parts, more than {most} for each image',
+            f'use at most {most * samples:,} prototypes (config.model.head.num_clusters), a '
             'larger batch (config.data.batchsize_per_replica), or a queue '
             '(config.loss.queue.queue_length)',
         )

@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from swav_jax.config.settings import MOST_PROTOTYPES_PER_IMAGE
 from swav_jax.errors import UserError, refusal
 from swav_jax.methods.health import health
 from swav_jax.methods.method import Batch, Learned, Method, Network, Outputs
@@ -321,16 +322,16 @@ class SwAV(Method):
             yield 'queue', f'{batches * sizes.batch_size:,} images, {batches} batches'
 
     def warnings(self, sizes: Any) -> Iterator[str]:
-        """Warn of fewer samples than prototypes, and of a queue that is never used."""
+        """Warn of more prototypes than images can fill, and of a queue that is never used."""
         prototypes, batch = max(self._config.model.head.num_clusters), sizes.batch_size
         batches = self.queue_batches(sizes)
         samples = batch * (1 + batches)
-        if samples < prototypes:
+        if prototypes > MOST_PROTOTYPES_PER_IMAGE * samples:
             queue = math.ceil((prototypes - batch) / batch) * batch
             yield (
-                f'{samples:,} images (batch and queue) share {prototypes:,} prototypes, and codes '
-                f'need as many: set config.loss.queue.queue_length={queue} with a late start_iter, '
-                'use more devices or fewer config.model.head.num_clusters'
+                f'{samples:,} images (batch and queue) share {prototypes:,} prototypes, more than '
+                f'{MOST_PROTOTYPES_PER_IMAGE} for each: set config.loss.queue.queue_length={queue} '
+                'with a late start_iter, use more devices or fewer config.model.head.num_clusters'
             )
         full = self._config.loss.queue.start_iter + batches
         if batches and full >= sizes.last_step:
