@@ -4,9 +4,10 @@
 
 input        images per second of one CPU core, with the boxes of 2×224 + 6×96 crops; --peer: also
              the official SwAV code's PIL and torchvision transforms on the same images
-step         a training step of ResNet-50 and RegNetY-400MF (2×224 + 6×96, 4 images; on a GPU 64,
-             in bfloat16) and ResNet-18 (2×64 + 4×32, 64 images), its parts, its largest memory;
-             --peer: PyTorch's twin (torch_twin.py), channels last, on a GPU autocast and compiled
+step         a training step of configs/demo.py, of ResNet-50 and RegNetY-400MF (2×224 + 6×96, 4
+             images; on a GPU 64, in bfloat16) and ResNet-18 (2×64 + 4×32, 64 images), its parts,
+             its largest memory; --peer: PyTorch's twin of the same network (torch_twin.py),
+             channels last, on a GPU autocast and compiled
 collectives  bytes that a ResNet-50's step sends, and the time of its collectives on these devices
 startup      compilation at a first and a second start, and --help
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument('--rounds', type=cli.integer(1), default=5, help='of each measurement')
     parser.add_argument('--images', type=cli.path, help='input: a folder (default: generated)')
     parser.add_argument('--batches', type=cli.integer(1), default=500, help='input: of 64 images')
-    parser.add_argument('--tasks', nargs='+', help='step: some of r50 r18 regnety_400mf')
+    parser.add_argument('--tasks', nargs='+', help='step: some of demo r50 r18 regnety_400mf')
     args = parser.parse(argv)
     results = run_all(argv) if args.kind == 'all' else run(args)
     for key, value in results.items() if args.kind != 'all' else ():

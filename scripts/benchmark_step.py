@@ -23,6 +23,7 @@ from swav_jax import config as settings
 from swav_jax import models, step, xla_flags
 from swav_jax.commands import plan
 from swav_jax.config import trunks
+from swav_jax.config.file import load_config
 from swav_jax.cpu.host_memory import give_back_freed_memory, keep_freed_memory
 from swav_jax.parallel.mesh import AXES, make_mesh
 from swav_jax.state import make_schedule, make_state
@@ -34,22 +35,38 @@ PEAKS = {'NVIDIA H100 80GB HBM3': 989, 'NVIDIA H200': 989, 'NVIDIA A100-SXM4-80G
 
 
 class Task(NamedTuple):
-    """A network and its crops; `batch` images on a CPU, `gpu_batch` on a GPU."""
+    """The step of a recipe; on a GPU in bfloat16 and with `gpu_batch` images."""
 
-    arch: str
-    trunk: dict
-    crops: tuple[tuple[int, int], ...]  # (number, size)
-    batch: int
+    config: ConfigDict
+    arch: str  # of torchvision, made to fit
     gpu_batch: int
+
+
+def imagenet(trunk: ConfigDict, batch: int) -> ConfigDict:
+    """The ImageNet recipe with another trunk and batch."""
+    config = settings.default()
+    config.model.trunk = trunk
+    config.data.canvas_size = 256
+    config.data.batchsize_per_replica = batch
+    return config
+
+
+def small_imagenet() -> ConfigDict:
+    """The ImageNet recipe with a ResNet-18 and smaller crops."""
+    config = imagenet(trunks.section('resnet', depth=18), 64)
+    config.data.canvas_size = 64
+    config.data.num_crops, config.data.size_crops = (2, 4), (64, 32)
+    return config
 
 
 KINDS = ('step', 'step_with_augment', 'step_without_optimizer', 'network')
 IMAGENET = 1_281_167  # images
-LARGE = ((2, 224), (6, 96))
+DEMO = Path(__file__).parents[1] / 'configs' / 'demo.py'
 TASKS = {
-    'r50': Task('resnet50', dict(name='resnet', depth=50), LARGE, 4, 64),
-    'r18': Task('resnet18', dict(name='resnet', depth=18), ((2, 64), (4, 32)), 64, 512),
-    'regnety_400mf': Task('regnet_y_400mf', dict(name='regnet_y_400mf'), LARGE, 4, 64),
+    'demo': Task(load_config(str(DEMO)), 'resnet18', 1024),
+    'r50': Task(imagenet(trunks.section('resnet', depth=50), 4), 'resnet50', 64),
+    'r18': Task(small_imagenet(), 'resnet18', 512),
+    'regnety_400mf': Task(imagenet(trunks.section('regnet_y_400mf'), 4), 'regnet_y_400mf', 64),
 }
 
 
@@ -156,14 +173,11 @@ def flops(config: ConfigDict) -> float:
 
 
 def make_config(task: Task) -> ConfigDict:
-    """The ImageNet recipe for a task, in bfloat16 on a GPU."""
-    config = settings.default()
-    config.model.trunk = trunks.section(**task.trunk)
-    config.data.num_crops, config.data.size_crops = zip(*task.crops, strict=True)
-    on_cpu = jax.default_backend() == 'cpu'
-    config.data.batchsize_per_replica = task.batch if on_cpu else task.gpu_batch
-    config.data.canvas_size = 256 if task.crops == LARGE else 64
-    config.precision = 'float32' if on_cpu else 'bfloat16'
+    """The settings of a task on this machine."""
+    config = task.config.copy_and_resolve_references()
+    if jax.default_backend() != 'cpu':
+        config.data.batchsize_per_replica = task.gpu_batch
+        config.precision = 'bfloat16'
     return config
 
 
@@ -187,15 +201,15 @@ def our_run(config: ConfigDict, kind: str) -> Run:
     schedule = make_schedule(config, sizes)
     net, tx, layout, _ = make_state(config, sizes, schedule, mesh)
     rng = np.random.default_rng(0)
-    rows, side = sizes.batch_size, config.data.canvas_size
+    rows, side, channels = sizes.batch_size, config.data.canvas_size, config.data.channels
     num_crops = sum(config.data.num_crops)
     crops = [
-        jnp.asarray(rng.standard_normal((n, rows, size, size, 3), np.float32))
+        jnp.asarray(rng.standard_normal((n, rows, size, size, channels), np.float32))
         for n, size in zip(config.data.num_crops, config.data.size_crops, strict=True)
     ]
     weights = jnp.ones(rows)
     images = {
-        'image': rng.integers(0, 256, (rows, side, side, 3), np.uint8),
+        'image': rng.integers(0, 256, (rows, side, side, channels), np.uint8),
         'size': np.full((rows, 2), side, np.int32),
         'boxes': np.tile(np.float32([0, 0, side / 2, side / 2]), (rows, num_crops, 1)),
         'weight': np.ones(rows, np.float32),
@@ -215,7 +229,7 @@ def our_run(config: ConfigDict, kind: str) -> Run:
     # It has the same state and moves nothing.
     still = optax.GradientTransformation(tx.init, lambda g, s, p: (optax.tree.zeros_like(g), s))
 
-    plain = models.build(config.model, dtype=jnp.dtype(config.precision))
+    plain = models.build(config.model, channels=channels, dtype=jnp.dtype(config.precision))
 
     def network(state, crops):
         """Forward and backward pass, and nothing that makes use of them."""
@@ -241,23 +255,41 @@ def our_run(config: ConfigDict, kind: str) -> Run:
 def peer_run(task: Task, config: ConfigDict) -> Callable[[], None]:
     """The same step in PyTorch: channels last; on a GPU autocast to bfloat16, and compiled."""
     import torch
-    from torch_twin import Twin, twin_loss, twin_update
+    from torch_twin import make_twin, twin_loss, twin_tensors, twin_update
 
     on_gpu = jax.default_backend() == 'gpu'
     device = 'cuda' if on_gpu else 'cpu'
     if not on_gpu:
         torch.set_num_threads(xla_flags.cores())
-    _, hidden, dim = config.model.head.dims
-    width = models.feature_width(models.build(config.model).trunk, channels=3)
-    twin = Twin(task.arch, width, hidden, dim, config.model.head.num_clusters[0])
+    rows, channels = config.data.batchsize_per_replica, config.data.channels
+    net = models.build(config.model, channels=channels)
+    example = [jnp.zeros((2, size, size, channels)) for size in config.data.size_crops]
+    # Traced, because compiling our initialization would count as memory of PyTorch's step.
+    ours = jax.eval_shape(lambda: net.init(jax.random.key(0), example, train=True))
+    ours = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), ours)
+    twin = make_twin(task.arch, twin_tensors(ours, net.trunk))
     twin = twin.to(device, memory_format=torch.channels_last)
     network = torch.compile(twin) if on_gpu else twin
-    rows = config.data.batchsize_per_replica
+    # `memory_format` would leave the strides of a single channel as they are.
     crops = [
-        torch.randn(n * rows, 3, size, size, device=device).to(memory_format=torch.channels_last)
-        for n, size in task.crops
+        torch.randn(n * rows, size, size, channels, device=device).movedim(-1, 1)
+        for n, size in zip(config.data.num_crops, config.data.size_crops, strict=True)
     ]
-    buffers = {}
+    # The prototypes stay frozen, like in our first steps.
+    if config.optimizer.name == 'adamw':
+        learned = [p for p in twin.parameters() if p is not twin.prototypes.weight]
+        optimizer = torch.optim.AdamW(
+            learned,
+            lr=0.001,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+        update = optimizer.step
+    else:
+        frozen = {'prototypes.weight'}
+        update = functools.partial(twin_update, twin, {}, 0.1, config.optimizer, frozen)
 
     def run():
         twin.zero_grad()
@@ -265,7 +297,7 @@ def peer_run(task: Task, config: ConfigDict) -> Callable[[], None]:
             scores = network(crops)
         loss = config.loss
         twin_loss(scores.float(), rows, loss.epsilon, loss.temperature, loss.num_iters).backward()
-        twin_update(twin, buffers, 0.1, config.optimizer, frozen={'prototypes.weight'})
+        update()
         twin.normalize_prototypes()
         if on_gpu:
             torch.cuda.synchronize()

@@ -33,18 +33,24 @@ def load_trunk(weights: Path, arch: str) -> torch.nn.Module:
         state = load_file(weights)
     else:
         state = torch.load(weights, weights_only=True)
-    model = torchvision.models.get_model(arch)
-    model.fc = torch.nn.Identity()
-    stem = state.get('conv1.weight')
-    if stem is not None and stem.shape != model.conv1.weight.shape:
-        _fit(model, state)
+    model = make_trunk(arch, {name: tensor.shape for name, tensor in state.items()})
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
-def _fit(model: torchvision.models.ResNet, state: dict[str, torch.Tensor]) -> None:
+def make_trunk(arch: str, shapes: dict[str, tuple[int, ...]]) -> torch.nn.Module:
+    """Torchvision's `arch` without its classifier, made to fit weights of these shapes."""
+    model = torchvision.models.get_model(arch)
+    model.fc = torch.nn.Identity()
+    stem = shapes.get('conv1.weight')
+    if stem is not None and stem != model.conv1.weight.shape:
+        _fit(model, shapes)
+    return model
+
+
+def _fit(model: torchvision.models.ResNet, shapes: dict[str, tuple[int, ...]]) -> None:
     """Gives a ResNet the width, the channels, the stem and the blocks that its weights have."""
-    width, channels, size, _ = state['conv1.weight'].shape
+    width, channels, size, _ = shapes['conv1.weight']
     stride = 1 if size == 3 else 2
     model.inplanes = width
     model.conv1 = torch.nn.Conv2d(channels, width, size, stride, size // 2, bias=False)
@@ -54,7 +60,7 @@ def _fit(model: torchvision.models.ResNet, state: dict[str, torch.Tensor]) -> No
     for i in range(4):
         old = getattr(model, f'layer{i + 1}')
         stride = 1 if i == 0 else 2
-        blocks = len({name.split('.')[1] for name in state if name.startswith(f'layer{i + 1}.')})
+        blocks = len({name.split('.')[1] for name in shapes if name.startswith(f'layer{i + 1}.')})
         new = model._make_layer(type(old[0]), width * 2**i, blocks, stride)
         setattr(model, f'layer{i + 1}', new)
 

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from torch_twin import Twin, twin_loss, twin_update
+from torch_twin import make_twin, twin_loss, twin_tensors, twin_update
 
-from swav_jax import cli, methods, models, optim, step, torch_weights
+from swav_jax import cli, methods, models, optim, step
 from swav_jax import config as settings
 from swav_jax.config import trunks
 from swav_jax.methods import swav
@@ -67,13 +67,7 @@ def drift(ours, twin):
 def ours_as_torch(state, trunk):
     """Our weights under the twin's names."""
     variables = jax.device_get({'params': state.params, 'batch_stats': state.batch_stats})
-    tensors = torch_weights.to_torch(variables, 'swav', trunk)
-    head = ('projection_head', 'prototypes')
-    names = {name: name.removeprefix('module.') for name in tensors}
-    return {
-        (short if short.startswith(head) else f'trunk.{short}'): tensors[name]
-        for name, short in names.items()
-    }
+    return twin_tensors(variables, trunk)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -111,9 +105,9 @@ def main(argv: Sequence[str]) -> None:
     )
     state = put(mesh, jax.device_get(state))
 
-    width = models.feature_width(net.trunk, channels=3)
-    twin = Twin(args.arch, width, HIDDEN, DIM, PROTOTYPES).to(getattr(torch, args.precision))
-    twin.load_state_dict({n: torch.tensor(v) for n, v in ours_as_torch(state, net.trunk).items()})
+    tensors = ours_as_torch(state, net.trunk)
+    twin = make_twin(args.arch, tensors).to(getattr(torch, args.precision))
+    twin.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
     buffers = {}
 
     net = models.build(config.model, dtype=dtype, axis_names=('member',), mesh_axes=AXES)

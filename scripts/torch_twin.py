@@ -1,23 +1,31 @@
 """SwAV in plain PyTorch, on a page: what parity.py compares with and benchmark.py races."""
 
+import itertools
+
 import torch
-import torchvision
+from evaluate_torch import make_trunk
+
+from swav_jax import torch_weights
 
 
 class Twin(torch.nn.Module):
-    """SwAV in PyTorch: trunk, projection head, prototypes."""
+    """SwAV in PyTorch: trunk, projection head, prototypes.
 
-    def __init__(self, arch, width, hidden, dim, prototypes):
+    Args:
+      trunk: images (N, C, H, W) → features (N, dims[0]).
+      dims: widths of the features and of the head's layers.
+      prototypes: their number.
+    """
+
+    def __init__(self, trunk, dims, prototypes):
         super().__init__()
-        self.trunk = torchvision.models.get_model(arch)
-        self.trunk.fc = torch.nn.Identity()
-        self.projection_head = torch.nn.Sequential(
-            torch.nn.Linear(width, hidden),
-            torch.nn.BatchNorm1d(hidden),
-            torch.nn.ReLU(),
-            torch.nn.Linear(hidden, dim),
-        )
-        self.prototypes = torch.nn.Linear(dim, prototypes, bias=False)
+        self.trunk = trunk
+        layers = []
+        for width, out in itertools.pairwise(dims):
+            linear = torch.nn.Linear(width, out)
+            layers += [linear, torch.nn.BatchNorm1d(out), torch.nn.ReLU()]
+        self.projection_head = torch.nn.Sequential(*layers[:-2])
+        self.prototypes = torch.nn.Linear(dims[-1], prototypes, bias=False)
 
     def forward(self, crops):
         """Scores of all crops, crop-major."""
@@ -29,6 +37,32 @@ class Twin(torch.nn.Module):
     def normalize_prototypes(self):
         """Every prototype at length 1."""
         self.prototypes.weight.copy_(torch.nn.functional.normalize(self.prototypes.weight))
+
+
+def twin_tensors(variables, trunk):
+    """Tensors of our network, as arrays under the twin's names."""
+    tensors = torch_weights.to_torch(variables, 'swav', trunk)
+    head = ('projection_head', 'prototypes')
+    names = {name: name.removeprefix('module.') for name in tensors}
+    return {
+        (short if short.startswith(head) else f'trunk.{short}'): tensors[name]
+        for name, short in names.items()
+    }
+
+
+def make_twin(arch, tensors):
+    """The twin of our network, given torchvision's name of its trunk and `twin_tensors`.
+
+    It has their shapes, not their values.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    trunk = {n.removeprefix('trunk.'): s for n, s in shapes.items() if n.startswith('trunk.')}
+    linear = [s for n, s in shapes.items() if n.startswith('projection_head') and len(s) == 2]
+    dims = [linear[0][1], *(out for out, _ in linear)]
+    twin = Twin(make_trunk(arch, trunk), dims, shapes['prototypes.weight'][0])
+    if shapes != {name: tensor.shape for name, tensor in twin.state_dict().items()}:
+        raise ValueError(f'{arch} is not the trunk of our network')
+    return twin
 
 
 def twin_loss(scores, batch, epsilon, temperature, num_iters):
