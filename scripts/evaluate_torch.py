@@ -1,7 +1,7 @@
 """Evaluate exported weights in PyTorch alone: kNN accuracy of torchvision's model that loads them.
 
     python -m swav_jax.export --workdir runs/demo --out runs/demo/trunk.pth
-    python scripts/evaluate_torch.py runs/demo/trunk.pth --arch resnet18 --data demo --size 18
+    python scripts/evaluate_torch.py runs/demo/trunk.pth --arch resnet18 --size 18 --grid 3
 
     python scripts/evaluate_torch.py trunk.pth --arch resnet50 --data /imagenet
 
@@ -147,6 +147,9 @@ def main() -> None:
     parser.add_argument(
         '--size', type=int, default=28, help="side of the demo's images (config.evaluate.resize)"
     )
+    parser.add_argument(
+        '--grid', type=int, default=1, help='parts along each side (config.evaluate.feature_grid)'
+    )
     parser.add_argument('--k', type=int, default=20)
     parser.add_argument('--temperature', type=float, default=0.07)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -154,6 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         model = load_trunk(args.weights, args.arch).to(args.device)
+        model.avgpool = torch.nn.AdaptiveAvgPool2d(args.grid)
         train, test = open_data(args.data, args.size)
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f'error: {error}')

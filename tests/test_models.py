@@ -18,6 +18,7 @@ from swav_jax import config, models, torch_weights
 from swav_jax.config import trunks
 from swav_jax.errors import UserError
 from swav_jax.models.head import normalize
+from swav_jax.models.pool import average_pool
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'trunks.npz')
 META = json.loads(str(GOLDEN['meta']))
@@ -74,6 +75,26 @@ def test_features_equal_torchvisions_to_rounding(name, tmp_path):
             )(variables, images)
             assert features.dtype == jnp.float64
             np.testing.assert_allclose(features, GOLDEN[f'{name}/{mode}'], rtol=1e-9)
+
+
+@pytest.mark.parametrize('grid', [1, 2, 3, 5])
+def test_parts_of_a_map_are_pooled_like_torchs(grid):
+    """In its order, with parts that overlap, and more parts than there are rows."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 7, 4))
+    theirs = torch.nn.AdaptiveAvgPool2d(grid)(torch.tensor(x).movedim(-1, 1)).flatten(1)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(average_pool(jnp.asarray(x), grid), theirs, atol=1e-15)
+    assert average_pool(jnp.ones((1, 2, 2, 3), jnp.bfloat16), grid).dtype == jnp.float32
+
+
+@pytest.mark.parametrize('trunk', [dict(depth=10), dict(name='regnet_y_400mf')])
+def test_features_of_parts_average_to_those_of_the_whole(trunk):
+    net = models.build(model_config(trunk))
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 128, 128, 3)), jnp.float32)
+    variables = net.init(jax.random.key(0), [images], False)
+    whole, parts = (net.apply(variables, images, grid=g, method='features') for g in (1, 2))
+    assert parts.shape == (2, 4 * whole.shape[1])
+    np.testing.assert_allclose(parts.reshape(2, -1, 4).mean(-1), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize('name', TRUNKS)

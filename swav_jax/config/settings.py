@@ -174,6 +174,9 @@ SETTINGS = {
     'evaluate.size': Setting(224, whole(1, 4096), 'side of the center crop in pixels'),
     'evaluate.resize': Setting(256, whole(1, 8192),
         "the image's shorter side before it is cropped"),
+    # VISSL's LINEAR_EVAL_FEAT_POOL_OPS_MAP
+    'evaluate.feature_grid': Setting(1, whole(1, 64),
+        "parts along each side of the trunk's last map whose averages are the features"),
     'evaluate.batch_size': Setting(256, whole(1, 65_536), 'images at once, over all devices'),
     'evaluate.report': Setting(True, SWITCH, 'write a page with pictures at the end of the run'),
 }

@@ -162,12 +162,12 @@ def fit(
 
 def describe(model: Model, train: Source) -> dict[str, Any]:
     """What a classifier is made from, for JSON: two that differ have different values."""
-    data = settings.to_dict(model.config.data)
+    data, evaluate = (settings.to_dict(model.config[name]) for name in ('data', 'evaluate'))
     return {
         'trunk_weights': model.digest(),
         'precision': model.config.precision,
         'data': {name: data[name] for name in ('canvas_size', 'channels', 'mean', 'std')},
-        'evaluate': {name: model.config.evaluate[name] for name in ('size', 'resize')},
+        'evaluate': {name: evaluate[name] for name in ('size', 'resize', 'feature_grid')},
         'images': len(train),
         'classes': len(train.class_names),
         'images_and_labels': train.digest(labels=True, contents=True),
@@ -243,7 +243,7 @@ def _crops(
 
     def look(net, batch, train):
         (images,) = augment.multi_crop(batch, seed=seed, data=data, augment=flip)
-        return net.trunk(images, train)
+        return net.features(images, train, model.config.evaluate.feature_grid)
 
     return look, batches()
 
@@ -309,6 +309,7 @@ def _initial_state(
     model: Model, net: Classifier, recipe: Recipe, tx: optax.GradientTransformation, seed: int
 ) -> Tree:
     width = models.feature_width(model.net.trunk, model.config.data.channels)
+    width *= model.config.evaluate.feature_grid**2
     variables = net.init(jax.random.key(seed), jnp.zeros((2, width)), train=True)
     parts = {kind: {'classifier': variables.get(kind, {})} for kind in ('params', 'batch_stats')}
     if recipe.trunk_learning_rate:

@@ -137,7 +137,7 @@ def pixels(source: Source, config: ConfigDict, mesh: Mesh | None = None) -> Feat
     size = min(config.data.canvas_size, _PIXELS_SIDE)
     resize = round(config.evaluate.resize * size / config.evaluate.size)
     raw = config.copy_and_resolve_references().unlock()
-    raw.evaluate.update(size=size, resize=resize)
+    raw.evaluate.update(size=size, resize=resize, feature_grid=1)
     raw.data.update(mean=(0.0,) * config.data.channels, std=(1.0,) * config.data.channels)
     return extract(SwAVNet(_Pixels(), None), {}, source, raw, mesh, of_head=())
 
@@ -179,7 +179,12 @@ def _results(
     )
     # Only the settings that are used, so that a change of others compiles nothing.
     look = FrozenConfigDict({name: config.data[name] for name in ('mean', 'std')})
-    settings = dict(size=config.evaluate.size, data=look, of_head=frozenset(of_head))
+    settings = dict(
+        size=config.evaluate.size,
+        grid=config.evaluate.feature_grid,
+        data=look,
+        of_head=frozenset(of_head),
+    )
     sharding = NamedSharding(mesh, P('image'))
     pending = None  # fetched a batch later, so that the host decodes while the devices compute
     for batch in batches:
@@ -192,12 +197,12 @@ def _results(
         yield _fetch(*pending)
 
 
-@functools.partial(jax.jit, static_argnames=('net', 'size', 'data', 'of_head'))
-def _look(net, variables, batch, *, size, data, of_head):
+@functools.partial(jax.jit, static_argnames=('net', 'size', 'grid', 'data', 'of_head'))
+def _look(net, variables, batch, *, size, grid, data, of_head):
     def everything(net, images):
-        found = {'trunk': net.features(images)}
+        found = {'trunk': net.features(images, grid=grid)}
         if of_head:
-            embeddings, scores = net.head(found['trunk'], False)
+            embeddings, scores = net.embed(images)  # XLA runs the trunk once
             if 'embeddings' in of_head:
                 found['embeddings'] = embeddings
             for i, head in enumerate(scores):

@@ -53,9 +53,9 @@ class SwAVNet(nn.Module):
             features = jnp.concatenate([self.trunk(images, train) for images in crops])
         return self.head(features, train)
 
-    def features(self, images: jax.Array) -> jax.Array:
-        """Pooled trunk features (N, F) of images (N, H, W, channels), in eval mode."""
-        return self.trunk(images, False)
+    def features(self, images: jax.Array, train: bool = False, grid: int = 1) -> jax.Array:
+        """Trunk features (N, F · grid²) of images (N, H, W, channels); see `Trunk`."""
+        return self.trunk(images, train, grid) if grid > 1 else self.trunk(images, train)
 
     def embed(self, images: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Embeddings (N, D) and scores (N, K) of images (N, H, W, channels), in eval mode."""

@@ -1,8 +1,29 @@
-"""The max-pooling of the ImageNet stem, with a backward pass without scatters."""
+"""The max-pooling of the ImageNet stem, without scatters, and the averages of the last map."""
 
 import jax
 from jax import lax
 from jax import numpy as jnp
+
+
+def average_pool(x: jax.Array, grid: int = 1) -> jax.Array:
+    """Averages over grid × grid parts of a map, like torch.nn.AdaptiveAvgPool2d(grid), flattened.
+
+    Args:
+      x: (B, H, W, C).
+      grid: parts along each side; they overlap where it does not divide H or W.
+
+    Returns:
+      (B, C · grid²) in PyTorch's order, float32 or wider.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if grid == 1:
+        return jnp.mean(x, (1, 2), dtype=wide)
+    rows, columns = (
+        [slice(i * side // grid, -(-(i + 1) * side // grid)) for i in range(grid)]
+        for side in x.shape[1:3]
+    )
+    parts = [jnp.mean(x[:, row, column], (1, 2), dtype=wide) for row in rows for column in columns]
+    return jnp.stack(parts, -1).reshape(len(x), -1)
 
 
 @jax.custom_vjp

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from swav_jax.config import trunks
+from swav_jax.models.pool import average_pool
 from swav_jax.models.relu import relu
 from swav_jax.models.remat import run_stage
 from swav_jax.models.trunk import Trunk
@@ -78,8 +79,8 @@ class RegNet(Trunk):
     torch_blocks = r'trunk_output|res\d+'
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Images (N, H, W, channels) → features (N, F), float32 or wider."""
+    def __call__(self, x: jax.Array, train: bool, grid: int = 1) -> jax.Array:
+        """See `Trunk`."""
         stride = 2 if self.settings.stem == 'imagenet' else 1
         x = self.conv(trunks.RegNet.STEM_WIDTH, 3, stride, name='stem_0')(x)
         x = relu(self.norm(name='stem_1')(x, train))
@@ -97,7 +98,7 @@ class RegNet(Trunk):
                 for j in range(stage.depth)
             ]
             x = run_stage(self, x, blocks, train)
-        return jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        return average_pool(x, grid)
 
     @staticmethod
     def torch_name(modules: Sequence[str], layout: str) -> str:

@@ -9,10 +9,9 @@ from functools import partial
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from swav_jax.config import trunks
-from swav_jax.models.pool import max_pool
+from swav_jax.models.pool import average_pool, max_pool
 from swav_jax.models.relu import relu
 from swav_jax.models.remat import run_stage
 from swav_jax.models.trunk import Trunk
@@ -76,8 +75,8 @@ class ResNet(Trunk):
     torch_blocks = r'layer\d+\.\d+'
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Images (N, H, W, channels) → features (N, F), float32 or wider."""
+    def __call__(self, x: jax.Array, train: bool, grid: int = 1) -> jax.Array:
+        """See `Trunk`."""
         width = self.settings.stem_width
         if self.settings.stem == 'imagenet':
             x = self.conv(width, 7, 2, name='conv1')(x)
@@ -95,7 +94,7 @@ class ResNet(Trunk):
                 for i in range(depth)
             ]
             x = run_stage(self, x, blocks, train)
-        return jnp.mean(x, (1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        return average_pool(x, grid)
 
     def _block(self, planes: int) -> Callable[..., nn.Module]:
         zero = self.settings.zero_init_residual

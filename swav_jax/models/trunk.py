@@ -27,8 +27,16 @@ class Trunk(nn.Module, abc.ABC):
     torch_blocks: ClassVar[str]
 
     @abc.abstractmethod
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """Images (N, H, W, channels) → features (N, F), float32 or wider."""
+    def __call__(self, x: jax.Array, train: bool, grid: int = 1) -> jax.Array:
+        """Images (N, H, W, channels) → features, float32 or wider.
+
+        Args:
+          x: images.
+          train: whether to use and record the batch's statistics.
+          grid: 1: features (N, F) of the whole image; otherwise those of grid × grid parts of it,
+            (N, F · grid²), in the order of torch.nn.AdaptiveAvgPool2d. Only evaluations ask for it
+            (`config.evaluate.feature_grid`); a trunk may do without.
+        """
 
     @staticmethod
     @abc.abstractmethod
