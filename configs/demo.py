@@ -15,6 +15,9 @@ What differs from the ImageNet recipe, and why:
 - 60 prototypes and a sharper epsilon: a batch of 64 cannot fill thousands of prototypes.
 - One more layer in the head, which leaves the features below it more general.
 - Larger shares of the image in crops. Jitter and blur stay at full strength.
+- kNN and linear probe see the averages of 3×3 parts of the trunk's last map, like VISSL's linear
+  probes see more than one average: where a sleeve is tells a coat from a dress, and raw pixels,
+  which are judged beside it, know it, too.
 """
 
 from swav_jax import config as settings
@@ -50,6 +53,7 @@ def get_config():
     config.evaluate.train_source = 'demo'
     config.evaluate.test_source = 'demo:test'
     config.evaluate.size = config.evaluate.resize = 18
+    config.evaluate.feature_grid = 3
     config.evaluate.online = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')
     config.evaluate.pixels = True
     return config
