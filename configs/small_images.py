@@ -78,6 +78,8 @@ def get_config(words='', *, given):
     )
     choose('evaluate.size', crops[0] + 2, 'as large as objects look in the crops')
     choose('evaluate.resize', crops[0] + 2, 'the whole image')
+    if not on_gpu:
+        choose('evaluate.feature_grid', 3, 'places count: a small network has few channels')
     config.evaluate.online = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')
     config.evaluate.pixels = True
     return config

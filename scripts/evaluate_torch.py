@@ -42,8 +42,8 @@ def make_trunk(arch: str, shapes: dict[str, tuple[int, ...]]) -> torch.nn.Module
     """Torchvision's `arch` without its classifier, made to fit weights of these shapes."""
     model = torchvision.models.get_model(arch)
     model.fc = torch.nn.Identity()
-    stem = shapes.get('conv1.weight')
-    if stem is not None and stem != model.conv1.weight.shape:
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if 'conv1.weight' in shapes and own != {name: tuple(shape) for name, shape in shapes.items()}:
         _fit(model, shapes)
     return model
 

@@ -2,10 +2,10 @@
 
     python scripts/parity.py [--arch resnet18] [--steps 10] [--precision float64] [--batch 8]
 
-The twin is torchvision's model, SwAV's head and loss, LARC and SGD, all written here in plain
-PyTorch, so that what it computes can be read on one page. Every step prints both losses, and how
-far the parameters have drifted apart. Float64 agrees to rounding. In float32 the two orders of
-summation differ by 1e-7, and training multiplies the difference.
+The twin is torchvision's model, SwAV's head and loss, LARC and SGD, all written in plain
+PyTorch (torch_twin.py), so that what it computes can be read on one page. Every step prints both
+losses, and how far the parameters have drifted apart. Float64 agrees to rounding. In float32 the
+two orders of summation differ by 1e-7, and training multiplies the difference.
 """
 
 import os
