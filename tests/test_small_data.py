@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT
+from processes import ROOT, rows, run
 
 from swav_jax import config as settings
 from swav_jax import main, methods
@@ -138,3 +138,26 @@ def test_the_plan_gives_the_reasons(capsys):
     out = capsys.readouterr().out
     assert 'config.model.head.num_clusters=[30]\n    one for 100 of 3,000 images' in out
     assert 'config.loss.epsilon=0.03' not in out and '--config.loss.epsilon=0.04' in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize('sizes', [(64, 64), (20, 90)])
+def test_a_folder_of_pictures_of_one_class_trains(name, sizes, tmp_path):
+    """RGBA, of one size or of many: the run ends, learns, and says nothing of a collapse."""
+    rng = np.random.default_rng(0)
+    low, high = sizes
+    images = []
+    for i in range(120):
+        pixels = np.zeros((rng.integers(low, high + 1), rng.integers(low, high + 1), 4), np.uint8)
+        pixels[..., 3] = rng.integers(0, 256)
+        pixels[: len(pixels) // (1 + i % 3), :, i % 3] = rng.integers(100, 256)
+        images.append(pixels)
+    workdir, source = tmp_path / 'run', write(tmp_path / 'images' / 'only', images)
+    flags = [f'--config.data.source={source}', '--config.optimizer.num_epochs=8']
+    done = run(workdir, *flags, config=f'configs/{name}.py:cpu')
+    assert done.returncode == 0, done.stderr
+    assert 'collapse' not in done.stdout + done.stderr
+    loss = [row['loss_over_ln_k'] for row in rows(workdir)]
+    assert loss[-1] < 0.97 * loss[0]
+    assert (workdir / 'report.html').is_file()
