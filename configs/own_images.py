@@ -41,7 +41,7 @@ def get_config(words='', *, given):
     width = 64 if on_gpu else 24
     choose('data.canvas_size', 2 * crops[0], 'twice the large crops, which show a part of an image')
     choose('data.num_crops', (2, 4), 'the official choice where memory or time is short')
-    choose('data.size_crops', crops, f'for {images.num_images:,} images on {devices}')
+    crops = choose('data.size_crops', crops, f'for {images.num_images:,} images on {devices}')
     choose('data.crop_scales', ((0.14, 1.0), (0.05, 0.14)), 'as on ImageNet')
     choose('data.mean', images.mean, "the images' own")
     choose('data.std', images.std, "the images' own")
