@@ -152,7 +152,8 @@ def test_notes_keep_figures_only_beside_those_that_are_measured_alike():
     saved, config = about(default()) | notes, default()
     assert read_notes(about(config), saved) == notes
     assert read_notes(about(config) | {'images': {}}, saved) == notes
-    for name, value in (('test_source', 'demo'), ('train_source', 'demo'), ('k', 3), ('size', 96)):
+    changes = {'test_source': 'demo', 'train_source': 'demo', 'k': 3, 'size': 96, 'feature_grid': 3}
+    for name, value in changes.items():
         config = default()
         config.evaluate[name] = value
         found = read_notes(about(config), saved)

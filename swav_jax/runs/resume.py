@@ -30,7 +30,7 @@ AT_START = ('init_from', 'init_allow_partial')  # used at the first start only, 
 # Results of evaluations with other values are not comparable with later ones.
 MEASURED_WITH = (
     'evaluate.train_source', 'evaluate.test_source', 'evaluate.k', 'evaluate.temperature',
-    'evaluate.size', 'evaluate.resize',
+    'evaluate.size', 'evaluate.resize', 'evaluate.feature_grid',
 )  # fmt: skip
 
 
