@@ -132,6 +132,7 @@ def json_of(*folders):
 
 
 def another_trunk(config):
+    config.choices = (('config.model.trunk.w_0', 'a reason is no setting'),)
     config.model.trunk = trunks.section('regnet', depth=1, w_0=8, w_m=2.0, group_width=4)
     config.optimizer.param_schedulers.lr.schedulers[0].start_value = 0.5
 

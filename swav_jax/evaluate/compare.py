@@ -140,7 +140,7 @@ def read(folder: Path, name: str) -> Run:
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
-    """The settings that differ between the runs that have some, by name.
+    """The settings that differ between the runs that have some, by name, without `choices`.
 
     Returns:
       For each its JSON in every run, None in a run without it.
@@ -150,7 +150,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     return {
         name: [run.settings.get(name) for run in runs]
         for name in names
-        if len({settings.get(name) for settings in known}) > 1
+        if name != 'config.choices' and len({settings.get(name) for settings in known}) > 1
     }
 
 
