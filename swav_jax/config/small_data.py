@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from swav_jax import config as settings
 from swav_jax.config.schedules import warmup_cosine
-from swav_jax.config.settings import MOST_PROTOTYPES_PER_IMAGE
 from swav_jax.errors import UserError
+from swav_jax.prototypes import MOST_PROTOTYPES_PER_IMAGE
 
 LEAST_IMAGES = 64
 LEAST_BATCH = 16  # on all devices

@@ -19,13 +19,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from swav_jax.config.settings import MOST_PROTOTYPES_PER_IMAGE
 from swav_jax.errors import UserError, refusal
 from swav_jax.methods.health import health
 from swav_jax.methods.method import Batch, Learned, Method, Network, Outputs
 from swav_jax.methods.sinkhorn import harden, sinkhorn_codes
 from swav_jax.parallel.mesh import AXES, REPLICATED
 from swav_jax.precision import need_float64
+from swav_jax.prototypes import MOST_PROTOTYPES_PER_IMAGE
 
 NEAR_LN_K = 0.01  # of ln K: a loss that is nearer to ln K is a sign of collapse
 NEAR_CONSTANT = 0.01  # of 1/√D, the standard deviation of spread embeddings: so is a smaller one
