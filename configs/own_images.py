@@ -28,20 +28,20 @@ from swav_jax.config import small_data
 from swav_jax.data.survey import survey
 
 
-def get_config(words='', *, given):
-    """The recipe for the images and the devices; `given` has the settings of the command line."""
+def get_config(words='', *, changes):
+    """The recipe for the images and the devices; `changes` are those of the command line."""
     devices = small_data.read_devices(words)
-    images = survey(given.data)
-    choose = small_data.Choices('own_images', given)
+    choose = small_data.Choices('own_images', changes)
+    given, images = choose.given, survey(choose.given.data)
     config, on_gpu = choose.config, devices.count > 0
     large = on_gpu and images.num_images >= 50_000
 
     config.data.channels = given.data.channels
     crops = (160, 96) if large else (128, 64) if on_gpu else (48, 24)
     width = 64 if on_gpu else 24
-    choose('data.canvas_size', 2 * crops[0], 'twice the large crops, which show a part of an image')
     choose('data.num_crops', (2, 4), 'the official choice where memory or time is short')
     crops = choose('data.size_crops', crops, f'for {images.num_images:,} images on {devices}')
+    choose('data.canvas_size', 2 * crops[0], 'twice the large crops, which show a part of an image')
     choose('data.crop_scales', ((0.14, 1.0), (0.05, 0.14)), 'as on ImageNet')
     choose('data.mean', images.mean, "the images' own")
     choose('data.std', images.std, "the images' own")
@@ -64,8 +64,8 @@ def get_config(words='', *, given):
         epochs=(100, 800) if on_gpu else (3, 100),
         base_value=2e-3 if on_gpu else 4e-3,
     )
-    choose('evaluate.size', crops[0], 'as large as the crops')
-    choose('evaluate.resize', crops[0] * 8 // 7, 'an eighth wider, like 256 for 224')
+    size = choose('evaluate.size', crops[0], 'as large as the crops')
+    choose('evaluate.resize', size * 8 // 7, 'a seventh wider, like 256 for 224')
     config.evaluate.online = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')
     config.evaluate.pixels = True
     return config

@@ -33,25 +33,28 @@ from swav_jax.data.survey import survey
 SIX_MINUTES = 55_000_000  # pixels in crops that two cores without AVX-512 learn from
 
 
-def get_config(words='', *, given):
-    """The recipe for the images and the devices; `given` has the settings of the command line."""
+def get_config(words='', *, changes):
+    """The recipe for the images and the devices; `changes` are those of the command line."""
     devices = small_data.read_devices(words)
-    images = survey(given.data)
-    choose = small_data.Choices('small_images', given)
+    choose = small_data.Choices('small_images', changes)
+    given, images = choose.given, survey(choose.given.data)
     config, side = choose.config, min(max(images.side, 28), 96)
     on_gpu = devices.count > 0
 
     config.data.channels = given.data.channels
     looked = f'of images whose shorter side is {images.sides[0]} to {images.sides[1]} pixels'
     if on_gpu:
-        crops, canvas = (side, max(side // 2, 16)), max(side, 32)
-        why = f'own size and half of it, {looked}'
+        crops, why = (
+            (side, max(side // 2, 16)),
+            f'own size, from 28 to 96, and half of it, {looked}',
+        )
     else:
         crops = (16, 10) if side <= 40 else (20, 12) if side <= 64 else (24, 14)
-        canvas, why = 2 * crops[0], f'few pixels and more channels suit the CPU, {looked}'
-    choose('data.canvas_size', max(canvas, crops[0]), 'no more pixels than the crops can show')
+        why = f'few pixels and more channels suit the CPU, {looked}'
     counts = choose('data.num_crops', (2, 4), 'four small crops cost less than one large one more')
     crops = choose('data.size_crops', crops, why)
+    canvas = max(crops[0], 32) if on_gpu else 2 * crops[0]
+    choose('data.canvas_size', canvas, 'no more pixels than the crops can show')
     scales = ((0.2, 1.0), (0.1, 0.3)) if on_gpu else ((0.4, 1.0), (0.2, 0.4))
     choose('data.crop_scales', scales, 'larger shares than on ImageNet: small images hold less')
     choose('data.mean', images.mean, "the images' own")
@@ -79,8 +82,8 @@ def get_config(words='', *, given):
         epochs=(100, 800) if on_gpu else (3, 100),
         base_value=2e-3 if on_gpu else 4e-3,
     )
-    choose('evaluate.size', crops[0] + 2, 'as large as objects look in the crops')
-    choose('evaluate.resize', crops[0] + 2, 'the whole image')
+    size = choose('evaluate.size', crops[0] + 2, 'as large as objects look in the crops')
+    choose('evaluate.resize', size, 'the whole image')
     if not on_gpu:
         choose('evaluate.feature_grid', 3, 'places count: a small network has few channels')
     config.evaluate.online = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')

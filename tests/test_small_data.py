@@ -52,6 +52,69 @@ def test_larger_sets_get_more_prototypes_and_fewer_epochs():
     assert [c.model.trunk.depth for c in sets] == [18, 18, 50, 50]
 
 
+def test_a_default_on_the_command_line_is_a_choice_too():
+    config = recipe('own_images', '1', data__limit=100_000, model__head__num_clusters='(3000,)')
+    assert config.loss.queue.queue_length == 3008
+    config = recipe('small_images', data__limit=1000, optimizer__num_epochs=400)
+    assert config.optimizer.param_schedulers.lr.lengths[0] == 0.025
+    config = recipe('small_images', data__limit=1000, loss__epsilon=0.05)
+    assert config.loss.epsilon == 0.05
+    assert 'config.loss.epsilon' not in dict(config.choices)
+
+
+def test_changed_parts_of_a_choice_are_followed():
+    config = recipe('small_images', '1', **{'data__size_crops[0]': 88, 'data__limit': 1000})
+    data = config.data
+    assert (data.size_crops, data.canvas_size, config.evaluate.size) == ((88, 32), 88, 90)
+    heads = recipe('small_images', data__limit=1000, model__head__num_clusters='(20, 30)')
+    frozen = dict(heads.model.temp_frozen_params_iter_map)
+    assert list(frozen) == ['head/prototypes0', 'head/prototypes1']
+    gray = recipe('own_images', data__channels=1)
+    assert len(gray.data.mean) == len(gray.data.std) == 1
+    sgd = recipe('small_images', optimizer__name='sgd')
+    lr, reasons = sgd.optimizer.param_schedulers.lr, dict(sgd.choices)
+    assert lr.auto_lr_scaling.base_value == 0.3 and sgd.optimizer.use_larc
+    assert 'with sgd' in reasons['config.optimizer.param_schedulers.lr']
+    changed = 'optimizer__param_schedulers__lr__schedulers[0]__start_value'
+    named = dict(recipe('small_images', **{changed: 0.001}).choices)
+    assert 'config.optimizer.param_schedulers.lr' not in named
+
+
+@pytest.mark.parametrize('name', RECIPES)
+@pytest.mark.parametrize(
+    ('setting', 'value'),
+    [
+        ('data.batchsize_per_replica', '0'),
+        ('data.limit', '-1'),
+        ('data.channels', '0'),
+        ('optimizer.num_epochs', '0'),
+        ('model.head.num_clusters', '()'),
+        ('data.size_crops', '()'),
+        ('data.no_setting', '1'),
+    ],
+)
+def test_a_value_that_no_run_can_have_is_named(name, setting, value):
+    with pytest.raises(UserError) as error:
+        load_config(f'{ROOT}/configs/{name}.py:cpu', [(f'config.{setting}', value)])
+    assert f'config.{setting}' in str(error.value) and 'Error' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_more_gpus_than_the_images_fill(name):
+    config = recipe(name, '64', data__limit=100)
+    assert config.data.batchsize_per_replica == 1
+    settings.sizes(config, num_images=100, num_replicas=64)
+
+
+def test_reasons_have_the_numbers_of_the_run():
+    for count, reason in ((100, 'one for 20 of 100 images'), (700, 'one for 100 of 700 images')):
+        reasons = dict(recipe('small_images', data__limit=count).choices)
+        assert reasons['config.model.head.num_clusters'].startswith(reason)
+    # Without images, the plan and the choices are for the same number.
+    config = recipe('small_images')
+    assert plan.count_images(config)[0] == config.data.limit == 10_000
+
+
 def test_the_command_line_wins_and_later_choices_follow_it():
     config = recipe('own_images', '1', data__limit=100_000, data__batchsize_per_replica=512)
     assert config.data.batchsize_per_replica == 512 and config.loss.queue.queue_length == 0

@@ -33,8 +33,8 @@ Changes = Sequence[tuple[str, str | None]]  # names and texts: ('config.loss.eps
 def load_config(spec: str, changes: Changes = ()) -> ConfigDict:
     """Call the `get_config` of a file; `spec` is FILE or FILE:WORDS.
 
-    A `get_config` with an argument `given` gets the default settings with `changes` in it, so that
-    its choices can depend on them. The result does not contain the changes.
+    A `get_config` with an argument `changes` gets them, so that its choices can depend on them.
+    The caller still applies them to the result with `override`.
 
     Raises:
       UserError: there is no such file, it fails, or it returns something else than the settings.
@@ -44,9 +44,8 @@ def load_config(spec: str, changes: Changes = ()) -> ConfigDict:
         get_config = runpy.run_path(str(file)).get('get_config')
         if not callable(get_config):
             raise UserError('--config: the file has no function get_config that returns settings')
-        if 'given' in _parameters(get_config):
-            given = override(settings.default(), changes).lock()
-            get_config = functools.partial(get_config, given=given)
+        if 'changes' in _parameters(get_config):
+            get_config = functools.partial(get_config, changes=changes)
         config = get_config(*_arguments(get_config, words))
         _check_whole(config, settings.default(), 'config', ())
         config.model.trunk = trunks.adopt(config.model.trunk)

@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
 from swav_jax import config as settings
+from swav_jax.config.file import Changes, override
 from swav_jax.config.schedules import warmup_cosine
+from swav_jax.config.settings import SETTINGS
 from swav_jax.errors import UserError
 from swav_jax.prototypes import MOST_PROTOTYPES_PER_IMAGE
 
@@ -56,37 +56,48 @@ def read_devices(words: str) -> Devices:
 
 
 class Choices:
-    """Chooses settings one after another; those on the command line stay as they are.
+    """Chooses settings one after another; those on the command line win.
 
     Args:
       recipe: its name.
-      given: the default settings with the changes of the command line.
+      changes: names and texts of the command line, see `override`.
 
     Attributes:
       config: the settings.
+      given: the default settings with the changes.
+
+    Raises:
+      UserError: a change is of no setting, or to a value that the setting cannot have.
     """
 
-    def __init__(self, recipe: str, given: ConfigDict):
+    def __init__(self, recipe: str, changes: Changes):
         self.config = settings.default()
-        self._default = dict(settings.flatten(self.config))
-        self._given = dict(settings.flatten(given))
         self.config.recipe = recipe
+        self.given = override(settings.default(), changes).lock()
+        self._changes = changes
+        for name, setting in SETTINGS.items():
+            value = functools.reduce(getattr, name.split('.'), self.given)
+            setting.kind.check(f'config.{name}', value)
 
     def __call__(self, name: str, value: Any, reason: str) -> Any:
         """Set `config.NAME`, note why, and return the value that the run will have."""
-        full = f'config.{name}'
-        given = self._given.get(full, value)
-        if given != self._default.get(full, given):
-            return given
         *above, last = name.split('.')
         section = functools.reduce(getattr, above, self.config)
         section[last] = value
+        override(self.config, self._changes_of(name))
         self.note(name, reason)
-        return value
+        return section[last]
 
     def note(self, name: str, reason: str) -> None:
-        """Note why `config.NAME` is as it is."""
-        self.config.choices += ((f'config.{name}', reason),)
+        """Note why `config.NAME` is as it is, unless the command line changes it."""
+        if not self._changes_of(name):
+            self.config.choices += ((f'config.{name}', reason),)
+
+    def _changes_of(self, name: str) -> list[tuple[str, str | None]]:
+        """The changes of a setting or of a part of it."""
+        full = f'config.{name}'
+        parts = (f'{full}.', f'{full}[')
+        return [change for change in self._changes if f'{change[0]}.'.startswith(parts)]
 
 
 def choose_training(
@@ -118,21 +129,30 @@ def choose_training(
             f'config.data.source has {num_images} images: this recipe needs at least '
             f'{LEAST_IMAGES} to learn from; with fewer use the features of a trained network'
         )
-    while batch * devices.replicas > LEAST_BATCH and 4 * batch * devices.replicas > num_images:
+    if not choose.given.data.source:
+        choose.note(
+            'data.source', f'no images are named: what follows suits {num_images:,} of them'
+        )
+    in_all = batch * devices.replicas
+    while batch > 1 and in_all > LEAST_BATCH and 4 * in_all > num_images:
         batch //= 2
+        in_all = batch * devices.replicas
     batch = choose(
         'data.batchsize_per_replica',
         batch,
-        f'a device; {batch * devices.replicas:,} in all on {devices}, at least 4 steps an epoch',
+        f'a device; {in_all:,} in all on {devices}, {num_images // in_all:,} steps an epoch',
     )
     in_all = batch * devices.replicas
-    prototypes = min(max(num_images // 100, min(30, num_images // 20)), 3000)
-    (prototypes,) = choose(
+    few = num_images < 600
+    clusters = choose(
         'model.head.num_clusters',
-        (prototypes,),
-        f'one for 100 of {num_images:,} images, from 30 to 3,000: about ten times the classes of '
-        'many such sets',
+        (num_images // 20 if few else min(max(num_images // 100, 30), 3000),),
+        f'one for 20 of {num_images:,} images: fewer than 30, because the images are few'
+        if few
+        else f'one for 100 of {num_images:,} images, from 30 to 3,000: about ten times the classes '
+        'of many such sets',
     )
+    prototypes = max(clusters)
     low, high = epochs
     epochs = choose(
         'optimizer.num_epochs',
@@ -159,17 +179,21 @@ def choose_training(
         'sharper codes than the 0.05 of ImageNet, because a small batch has few images a '
         'prototype (official README; lightly and solo-learn use 0.01 to 0.05)',
     )
+    freeze = min(steps, max(steps * epochs // 50, 1))
     choose(
         'model.temp_frozen_params_iter_map',
-        (('head/prototypes0', min(steps, max(steps * epochs // 50, 1))),),
+        tuple((f'head/prototypes{i}', freeze) for i in range(len(clusters))),
         'one epoch, like the official script, but at most a fiftieth of the run',
     )
-    choose(
+    optimizer = choose(
         'optimizer.name',
         'adamw',
         'LARC moves too slowly for some thousand steps (compared on the demo)',
     )
-    choose.config.optimizer.use_larc = False
+    if optimizer in ('adam', 'adamw'):
+        choose.config.optimizer.use_larc = False
+    else:
+        base_value = 0.3  # as for ImageNet
     choose.config.optimizer.param_schedulers.lr = warmup_cosine(
         warmup=round(min(0.1, 10 / epochs), 4),
         base_value=base_value,
@@ -178,6 +202,6 @@ def choose_training(
     )
     choose.note(
         'optimizer.param_schedulers.lr',
-        f'AdamW: {base_value:g} for 256 images, after a warm-up of 10 epochs, like VISSL, but at '
-        'most a tenth of the run',
+        f'{base_value:g} for 256 images with {optimizer}, after a warm-up of 10 epochs, like '
+        'VISSL, but at most a tenth of the run',
     )

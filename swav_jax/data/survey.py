@@ -34,7 +34,7 @@ class Survey:
 
 
 # What a recipe is shown for, before images are named.
-ASSUMED = Survey(10_000, 64, (64, 64), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+ASSUMED = Survey(10_000, 64, (64, 64), (0.45,), (0.22,))  # mean and std of any channel
 
 
 def survey(data: ConfigDict) -> Survey:
@@ -50,7 +50,12 @@ def survey(data: ConfigDict) -> Survey:
       UserError: the source cannot be opened, or none of these images can be read.
     """
     if not data.source:
-        return dataclasses.replace(ASSUMED, num_images=data.limit or ASSUMED.num_images)
+        return dataclasses.replace(
+            ASSUMED,
+            num_images=data.limit or ASSUMED.num_images,
+            mean=ASSUMED.mean * data.channels,
+            std=ASSUMED.std * data.channels,
+        )
     source = sources.open_source(data.source, limit=data.limit, channels=data.channels)
     count = min(len(source), SAMPLE)
     rows = np.arange(count) * len(source) // count
