@@ -42,15 +42,15 @@ def get_config(words='', *, changes):
     on_gpu = devices.count > 0
 
     config.data.channels = given.data.channels
-    looked = f'of images whose shorter side is {images.sides[0]} to {images.sides[1]} pixels'
+    of = f'of images whose shorter side is {images.sides[0]} to {images.sides[1]} pixels'
     if on_gpu:
         crops, why = (
             (side, max(side // 2, 16)),
-            f'own size, from 28 to 96, and half of it, {looked}',
+            f'own size, from 28 to 96, and half of it, {of}',
         )
     else:
         crops = (16, 10) if side <= 40 else (20, 12) if side <= 64 else (24, 14)
-        why = f'few pixels and more channels suit the CPU, {looked}'
+        why = f'few pixels and more channels suit the CPU, {of}'
     counts = choose('data.num_crops', (2, 4), 'four small crops cost less than one large one more')
     crops = choose('data.size_crops', crops, why)
     canvas = max(crops[0], 32) if on_gpu else 2 * crops[0]

@@ -130,9 +130,7 @@ def choose_training(
             f'{LEAST_IMAGES} to learn from; with fewer use the features of a trained network'
         )
     if not choose.given.data.source:
-        choose.note(
-            'data.source', f'no images are named: what follows suits {num_images:,} of them'
-        )
+        choose.note('data.source', f'no images are named: the rest is for {num_images:,} of them')
     in_all = batch * devices.replicas
     while batch > 1 and in_all > LEAST_BATCH and 4 * in_all > num_images:
         batch //= 2
