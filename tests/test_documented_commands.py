@@ -59,7 +59,11 @@ def places(tmp_path_factory):
         for label in 'ab':
             (root / 'images' / split / label).mkdir(parents=True)
             Image.new('RGB', (32, 32), 40).save(root / 'images' / split / label / '0.jpg')
+    (root / 'many').mkdir()
+    for i in range(64):  # which the recipes for small data look at
+        Image.new('RGB', (32, 32), i).save(root / 'many' / f'{i}.png')
     return [
+        (r'/my/(?:images|photos|thumbnails)\b', str(root / 'many')),
         (r'/(?:imagenet|data/imagenet|shared/imagenet)\b', str(root / 'images')),
         (r'folder:(/photos|/path/to/images|/path|/images)\b', f'folder:{root / "images"}'),
         (r'--config\.SETTING=VALUE', '--config.seed=1'),
