@@ -115,6 +115,14 @@ def test_a_queue_that_the_run_does_not_reach():
     assert names(rows_of(), good) == []
 
 
+def test_a_queue_that_is_used_before_the_loss_has_fallen():
+    """The demo with 1,920 images from the first step on: few prototypes, though the loss moves."""
+    early = config_of(loss__queue__queue_length=20 * BATCH)
+    curves = dict(loss_over_ln_k=along(1.03, 0.9, 0.92), active_prototypes=along(42, 6, 6))
+    assert 'Queue too early or too late' in names(rows_of(**curves), early)
+    assert names(rows_of(loss_over_ln_k=along(1.03, 0.9, 0.88)), early) == []
+
+
 def test_results_of_evaluations_are_signs():
     for name, heading in (
         ('prototypes_empty', 'Empty prototypes'),

@@ -310,8 +310,9 @@ def _queue(run: _Run) -> Iterator[Finding]:
             'lower config.loss.queue.start_iter or config.loss.queue.queue_length',
         )
     elif before and loss is not None and run.learned:
-        then = median(before)
-        if (then > STUCK and loss > STUCK) or loss > then + RISE:
+        then, active = median(before), run.late('active_prototypes')
+        few = active is not None and active < FEW * run.usual
+        if (then > STUCK and (loss > STUCK or few)) or loss > then + RISE:
             yield Finding(
                 heading,
                 f'loss / ln K was {then:.3f} when the queue came into use at step {full:,}, and is '
