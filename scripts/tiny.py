@@ -26,6 +26,7 @@ def get_config():
     config.evaluate.train_source = config.evaluate.test_source = ''
     config.evaluate.online, config.evaluate.pixels = ('knn', 'nmi'), False
     config.evaluate.size = config.evaluate.resize = 28
+    config.evaluate.feature_grid = 1
     config.evaluate.report = False
     config.train.log_every_steps = 1
     return config

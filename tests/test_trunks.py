@@ -289,6 +289,12 @@ def config(monkeypatch):
     return config
 
 
+def test_a_trunk_without_parts_says_so(config):
+    net = models.build(config.model, channels=1)
+    with pytest.raises(UserError, match=r'feature_grid=2: PatchTrunk has no .*: use 1'):
+        net.apply({}, np.zeros((1, 8, 8, 1)), grid=2, method='features')
+
+
 def params_of(workdir):
     with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:
         return checkpoints.read(('params',))[1]['params']

@@ -1,5 +1,6 @@
 """The network of a run: a trunk, found by its settings, and SwAV's head."""
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -54,8 +55,19 @@ class SwAVNet(nn.Module):
         return self.head(features, train)
 
     def features(self, images: jax.Array, train: bool = False, grid: int = 1) -> jax.Array:
-        """Trunk features (N, F · grid²) of images (N, H, W, channels); see `Trunk`."""
-        return self.trunk(images, train, grid) if grid > 1 else self.trunk(images, train)
+        """Trunk features (N, F · grid²) of images (N, H, W, channels); see `Trunk`.
+
+        Raises:
+          UserError: this trunk has no features of parts of an image.
+        """
+        if grid == 1:
+            return self.trunk(images, train)
+        if 'grid' not in inspect.signature(type(self.trunk).__call__).parameters:
+            raise UserError(
+                f'config.evaluate.feature_grid={grid}: {type(self.trunk).__name__} has no features '
+                'of parts of an image: use 1'
+            )
+        return self.trunk(images, train, grid)
 
     def embed(self, images: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Embeddings (N, D) and scores (N, K) of images (N, H, W, channels), in eval mode."""
