@@ -43,10 +43,6 @@ def bad(config: ConfigDict) -> dict[str, dict[str, Any]]:
         'prototypes': {'model.head.num_clusters': '300,', 'data.batchsize_per_replica': 64},
         'epsilon': {'loss.epsilon': 0.5},
         'learning_rate': {RATE: 30 * rate},
-        'freeze': {
-            RATE: 3 * rate,
-            'model.temp_frozen_params_iter_map': (('head/prototypes0', 100),),
-        },
         'queue': {'loss.queue.queue_length': 30 * batch},
         'all': {
             'model.head.num_clusters': '300,',
