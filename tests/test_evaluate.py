@@ -120,7 +120,8 @@ def test_features_of_every_image_in_order(network):
         source, canvas_size=28, channels=1, resize=28, size=28, batch_size=37
     )
     images = augment.center_crop(batch, size=28, data=config.data)
-    trunk = jax.jit(lambda x: net.apply(variables, x, method='features'))(images)
+    assert config.evaluate.feature_grid == 3
+    trunk = jax.jit(lambda x: net.apply(variables, x, grid=3, method='features'))(images)
     embeddings, scores = jax.jit(lambda x: net.apply(variables, x, method='embed'))(images)
     np.testing.assert_allclose(found.trunk, trunk, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.embeddings, embeddings, rtol=1e-4, atol=1e-5)

@@ -36,6 +36,7 @@ def workdir(tmp_path_factory):
     """The folder of a run that stopped at step 3, with random weights."""
     workdir = tmp_path_factory.mktemp('run')
     config = demo.get_config()
+    config.evaluate.feature_grid = 1
     config.evaluate.batch_size = 64
     net = models.build(config.model, channels=1)
     state = dict(random_variables(net, 28, 1)) | {'queue': np.zeros(3, np.float32)}
@@ -53,6 +54,7 @@ def run(name, *argv):
 def test_a_run_is_loaded_with_its_settings(workdir):
     model = load(workdir)
     config = demo.get_config()
+    config.evaluate.feature_grid = 1
     config.evaluate.batch_size = 64
     assert settings.to_dict(model.config) == settings.to_dict(config)
     assert model.config.data.size_crops == (16, 10)
