@@ -150,7 +150,7 @@ def test_words_after_the_colon_are_devices(tmp_path, monkeypatch):
 
 
 def write(folder, images):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for i, pixels in enumerate(images):
         Image.fromarray(pixels).save(folder / f'{i}.png')
     return f'folder:{folder}'
