@@ -204,9 +204,8 @@ def test_the_plan_gives_the_reasons(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', RECIPES)
 @pytest.mark.parametrize('sizes', [(64, 64), (20, 90)])
-def test_a_folder_of_pictures_of_one_class_trains(name, sizes, tmp_path):
+def test_a_folder_of_pictures_of_one_class_trains(sizes, tmp_path):
     """RGBA, of one size or of many: the run ends, learns, and says nothing of a collapse."""
     rng = np.random.default_rng(0)
     low, high = sizes
@@ -218,7 +217,7 @@ def test_a_folder_of_pictures_of_one_class_trains(name, sizes, tmp_path):
         images.append(pixels)
     workdir, source = tmp_path / 'run', write(tmp_path / 'images' / 'only', images)
     flags = [f'--config.data.source={source}', '--config.optimizer.num_epochs=8']
-    done = run(workdir, *flags, config=f'configs/{name}.py:cpu')
+    done = run(workdir, *flags, config='configs/small_images.py:cpu')
     assert done.returncode == 0, done.stderr
     assert 'collapse' not in done.stdout + done.stderr
     loss = [row['loss_over_ln_k'] for row in rows(workdir)]
