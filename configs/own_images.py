@@ -12,8 +12,8 @@ Words after a colon: the number of GPUs, or `cpu`; without one, what this machin
 
 What is chosen by the number of images, and from where:
 
-  trunk        ResNet-18 below 50,000 images, ResNet-50 from there on: as lightly for Imagenette
-               (9,469 images) and solo-learn for ImageNet-100 (126,689).
+  trunk        ResNet-18 below 50,000 images, like lightly for Imagenette (9,469 images); ResNet-50
+               from there on, like SwAV's own recipes.
   crops        ResNet-18: 2×128 + 4×64, lightly's size for Imagenette. ResNet-50: 2×160 + 4×96, the
                official script for less memory. Shares of the image as on ImageNet.
   distortions  jitter and blur as on ImageNet.

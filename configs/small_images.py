@@ -4,8 +4,8 @@ Run        python -m swav_jax.main --config configs/small_images.py --workdir RU
                --config.data.source=folder:/my/images
            with --plan instead of --workdir: what it chooses, and why
 Data       any source of 64 images or more: CIFAR-10, STL-10, SVHN, thumbnails
-Hardware   one CPU: 28,000 to 60,000 images are seen, six minutes on two cores; or GPUs, with a
-           ResNet-18 and 10 million images
+Hardware   one CPU: 28,000 to 60,000 images are seen (40,000 took six minutes on one core with
+           AVX-512); or GPUs, with a ResNet-18 and 10 million images, not run here yet
 
 Words after a colon: the number of GPUs, or `cpu`; without one, what this machine has.
 
@@ -30,7 +30,7 @@ after 1,000 epochs (solo-learn).
 from swav_jax.config import small_data
 from swav_jax.data.survey import survey
 
-SIX_MINUTES = 55_000_000  # pixels in crops that two cores without AVX-512 learn from
+SIX_MINUTES = 55_000_000  # pixels in crops that one core with AVX-512 learns from
 
 
 def get_config(words='', *, changes):
@@ -44,10 +44,8 @@ def get_config(words='', *, changes):
     config.data.channels = given.data.channels
     of = f'of images whose shorter side is {images.sides[0]} to {images.sides[1]} pixels'
     if on_gpu:
-        crops, why = (
-            (side, max(side // 2, 16)),
-            f'own size, from 28 to 96, and half of it, {of}',
-        )
+        crops = (side, max(side // 2, 16))
+        why = f'own size, from 28 to 96, and half of it, {of}'
     else:
         crops = (16, 10) if side <= 40 else (20, 12) if side <= 64 else (24, 14)
         why = f'few pixels and more channels suit the CPU, {of}'

@@ -28,7 +28,7 @@ FORBIDDEN = {
 # Folders and files of swav_jax/: each imports from the lines above its own, not from beside it.
 LAYERS = (
     ('errors',),
-    ('files', 'prototypes'),
+    ('files',),
     ('config', 'precision', 'cpu', 'xla_flags'),
     ('cli', 'parallel', 'data'),
     ('methods', 'models', 'augment', 'optim'),

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from swav_jax.config import trunks
 from swav_jax.config.schedules import warmup_cosine
-from swav_jax.config.settings import MOST_STEPS, SETTINGS
+from swav_jax.config.settings import MOST_PROTOTYPES_PER_IMAGE, MOST_STEPS, SETTINGS
 from swav_jax.config.validation import validate
 from swav_jax.errors import UserError
 
@@ -43,6 +43,10 @@ class Sizes:
     steps_per_epoch: int  # whole batches only
     total_steps: int  # of the schedule: all epochs
     last_step: int  # where the run ends: total_steps, or max_steps if that is less
+
+    def most_prototypes(self, queued: int) -> int:
+        """How many prototypes the batch and `queued` images can fill."""
+        return MOST_PROTOTYPES_PER_IMAGE * (self.batch_size + queued)
 
 
 def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
-from swav_jax.prototypes import MOST_PROTOTYPES_PER_IMAGE
+from swav_jax.config.settings import MOST_PROTOTYPES_PER_IMAGE
 from swav_jax.runs.results import PIXELS
 
 STUCK = 0.98  # of ln K: hardly better than telling no images apart

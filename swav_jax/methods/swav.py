@@ -25,7 +25,6 @@ from swav_jax.methods.method import Batch, Learned, Method, Network, Outputs
 from swav_jax.methods.sinkhorn import harden, sinkhorn_codes
 from swav_jax.parallel.mesh import AXES, REPLICATED
 from swav_jax.precision import need_float64
-from swav_jax.prototypes import MOST_PROTOTYPES_PER_IMAGE
 
 NEAR_LN_K = 0.01  # of ln K: a loss that is nearer to ln K is a sign of collapse
 NEAR_CONSTANT = 0.01  # of 1/√D, the standard deviation of spread embeddings: so is a smaller one
@@ -325,13 +324,14 @@ class SwAV(Method):
         """Warn of more prototypes than images can fill, and of a queue that is never used."""
         prototypes, batch = max(self._config.model.head.num_clusters), sizes.batch_size
         batches = self.queue_batches(sizes)
-        samples = batch * (1 + batches)
-        if prototypes > MOST_PROTOTYPES_PER_IMAGE * samples:
+        most = sizes.most_prototypes(batches * batch)
+        if prototypes > most:
             queue = math.ceil((prototypes - batch) / batch) * batch
             yield (
-                f'{samples:,} images (batch and queue) share {prototypes:,} prototypes, more than '
-                f'{MOST_PROTOTYPES_PER_IMAGE} for each: set config.loss.queue.queue_length={queue} '
-                'with a late start_iter, use more devices or fewer config.model.head.num_clusters'
+                f'{batch * (1 + batches):,} images (batch and queue) share {prototypes:,} '
+                f'prototypes, more than the {most:,} that they can fill: set '
+                f'config.loss.queue.queue_length={queue} with a late start_iter, use more devices '
+                'or fewer config.model.head.num_clusters'
             )
         full = self._config.loss.queue.start_iter + batches
         if batches and full >= sizes.last_step:
