@@ -20,7 +20,7 @@ def measure(rounds: int) -> dict[str, float | int]:
     """Bytes from the traced step; medians in seconds over all devices."""
     config = settings.default()
     mesh = make_mesh(config.model.sync_bn)
-    sizes = settings.sizes(config, num_images=1_281_167, num_replicas=mesh.size)
+    sizes = settings.sizes(config, num_images=1_281_167, num_devices=mesh.size)
     abstract = plan.AbstractMesh(mesh.devices.shape, AXES)
     cost = plan.cost(config, sizes, make_schedule(config, sizes), abstract)
     rows, prototypes = config.data.batchsize_per_replica, config.model.head.num_clusters[0]

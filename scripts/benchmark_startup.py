@@ -20,7 +20,7 @@ from swav_jax.step import make_train_step
 
 config = main.parse(['--config=configs/demo.py']).config
 mesh = make_mesh(config.model.sync_bn)
-sizes = settings.sizes(config, num_images=10_000, num_replicas=mesh.size)
+sizes = settings.sizes(config, num_images=10_000, num_devices=mesh.size)
 net, tx, layout, state = make_state(config, sizes, make_schedule(config, sizes), mesh)
 step = make_train_step(net, tx, config, layout)
 lowered = step.lower(state, traced.batch_shapes(config, sizes.batch_size))

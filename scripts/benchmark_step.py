@@ -59,7 +59,14 @@ def small_imagenet() -> ConfigDict:
     return config
 
 
-KINDS = ('step', 'step_with_augment', 'step_without_optimizer', 'network')
+KINDS = (
+    'step',
+    'step_with_augment',
+    'step_without_optimizer',
+    'network',
+    'step_of_a_quarter',
+    'step_of_four_quarters',
+)
 IMAGENET = 1_281_167  # images
 DEMO = Path(__file__).parents[1] / 'configs' / 'demo.py'
 TASKS = {
@@ -112,6 +119,7 @@ def measure_task(name: str, peer: bool, rounds: int) -> Figures:
         'optimizer': times['step'] - times['step_without_optimizer'],
         'loss_and_metrics': times['step_without_optimizer'] - times['network'],
         'network': times['network'],
+        'micro_batches': times['step_of_four_quarters'] / (4 * times['step_of_a_quarter']),
         'peak_memory': memory['step'],
     }
     if peak := PEAKS.get(jax.devices()[0].device_kind):
@@ -167,7 +175,7 @@ class Child:
 
 def flops(config: ConfigDict) -> float:
     """Floating-point operations of a step on one device, from the traced step."""
-    sizes = settings.sizes(config, num_images=IMAGENET, num_replicas=1)
+    sizes = settings.sizes(config, num_images=IMAGENET, num_devices=1)
     mesh = plan.AbstractMesh((1, 1), AXES)
     return plan.cost(config, sizes, make_schedule(config, sizes), mesh).flops
 
@@ -195,9 +203,16 @@ class Run:
 
 
 def our_run(config: ConfigDict, kind: str) -> Run:
-    """The step from crops, or one with or without some part: `kind` is one of `KINDS`."""
+    """The step from crops, or one with or without some part: `kind` is one of `KINDS`.
+
+    A quarter is a step of a quarter of the batch, four quarters are its micro-batches.
+    """
+    if 'quarter' in kind:
+        config.data.batchsize_per_replica //= 4
+    if kind == 'step_of_four_quarters':
+        config.train.micro_batches = 4
     mesh = make_mesh(config.model.sync_bn, jax.devices()[:1])
-    sizes = settings.sizes(config, num_images=IMAGENET, num_replicas=1)
+    sizes = settings.sizes(config, num_images=IMAGENET, num_devices=1)
     schedule = make_schedule(config, sizes)
     net, tx, layout, _ = make_state(config, sizes, schedule, mesh)
     rng = np.random.default_rng(0)
@@ -224,7 +239,7 @@ def our_run(config: ConfigDict, kind: str) -> Run:
         return step.update(net, tx, config, layout, state, crops, weights)
 
     def with_augment(state, batch):
-        return update(state, step.multi_crop(config, mesh, batch), batch['weight'])
+        return update(state, batch, batch['weight'])
 
     # It has the same state and moves nothing.
     still = optax.GradientTransformation(tx.init, lambda g, s, p: (optax.tree.zeros_like(g), s))

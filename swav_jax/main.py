@@ -35,7 +35,7 @@ def run(flags: argparse.Namespace) -> int:
     if flags.plan:
         from swav_jax.commands import plan
 
-        plan.show(flags.config, flags.replicas, flags.images_per_second)
+        plan.show(flags.config, flags.replicas, flags.images_per_second, flags.memory)
         return 0
     if not flags.workdir:
         raise UserError('--workdir is missing: name a folder for the run, for example runs/first')
@@ -72,9 +72,10 @@ def _train(flags: argparse.Namespace, signals: Signals) -> int:
             raise
         rows = flags.config.data.batchsize_per_replica
         raise UserError(
-            f'the devices have too little memory ({cli.first_line(error)}): lower '
-            f"config.data.batchsize_per_replica={rows}, or use config.model.remat='block', "
-            "config.precision='bfloat16' or config.sharding='zero'; --plan shows what each saves"
+            f'the devices have too little memory ({cli.first_line(error)}): divide '
+            f'config.data.batchsize_per_replica={rows} and multiply config.train.micro_batches, '
+            "or use config.model.remat='block', config.precision='bfloat16' or "
+            "config.sharding='zero'; --plan --memory=SIZE proposes numbers"
         ) from error
     return 0
 

@@ -90,7 +90,9 @@ def make_state(
     try:
         tx = optim.make_optimizer(config.optimizer, schedule, frozen, shapes.params)
         whole = jax.eval_shape(lambda: initial(tx))
-        layout = Layout(mesh, whole, config.sharding, method.specs(whole.method))
+        layout = Layout(
+            mesh, whole, config.sharding, method.specs(whole.method), config.train.micro_batches
+        )
     except ValueError as error:
         raise UserError(f'config.model.temp_frozen_params_iter_map={frozen}: {error}') from error
     state = jax.jit(lambda: layout.pad(initial(tx)), out_shardings=layout.shardings)()

@@ -1,4 +1,7 @@
-"""One training step: the gradient of each replica's crops, and the update."""
+"""One training step: the gradient of each device's crops, and the update.
+
+A device has one replica of the batch, or several in turn: `config.train.micro_batches`.
+"""
 
 import functools
 import itertools
@@ -8,14 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from swav_jax import augment, methods
 from swav_jax.methods.method import Batch, Learned, Network, Outputs
 from swav_jax.models import SwAVNet, head
 from swav_jax.parallel.layout import Layout
-from swav_jax.parallel.mesh import BATCH, CROPS
+from swav_jax.parallel.mesh import BATCH
+from swav_jax.parallel.replicas import Images, images_spec, micro_batches
 from swav_jax.precision import MIN_SCALE, all_finite
 from swav_jax.state import TrainState
 
@@ -41,8 +46,7 @@ def make_train_step(
     """
 
     def step(state, batch):
-        crops = multi_crop(config, layout.mesh, batch)
-        new, metrics = update(net, tx, config, layout, state, crops, batch['weight'])
+        new, metrics = update(net, tx, config, layout, state, batch, batch['weight'])
         request = jnp.max(batch['request']) if 'request' in batch else 0
         news = [metrics.pop('finite'), request, metrics['bad_images']]
         return new, metrics, jnp.stack([jnp.asarray(x, jnp.int32) for x in news])
@@ -52,38 +56,22 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
 
 
-def multi_crop(config: Any, mesh: Mesh, batch: Mapping[str, jax.Array]) -> list[jax.Array]:
-    """Cut each replica's crops: for each group (n_g, B, S_g, S_g, channels).
-
-    They are float64 if `config.precision` is, else float32.
-    """
-    dtype = jnp.promote_types(jnp.dtype(config.precision), jnp.float32)
-
-    def render(batch):
-        groups = augment.multi_crop(
-            batch, seed=config.seed, data=config.data, augment=config.augment, dtype=dtype
-        )
-        counts = config.data.num_crops
-        return [x.reshape(n, -1, *x.shape[1:]) for n, x in zip(counts, groups, strict=True)]
-
-    return jax.shard_map(render, mesh=mesh, in_specs=BATCH, out_specs=CROPS)(batch)
-
-
 def update(
     net: SwAVNet,
     tx: optax.GradientTransformation,
     config: Any,
     layout: Layout,
     state: TrainState,
-    crops: list[jax.Array],
+    images: Images,
     weights: jax.Array,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Learn from given crops and update the state.
+    """Learn from a batch and update the state.
 
     Args:
       net, tx, config, layout: as in `make_train_step`.
       state: before the step.
-      crops: for each group of crops, (n_g, B, S_g, S_g, channels), B split over all replicas.
+      images: the batch of `data.pipeline`, B rows; or its crops, for each group (n_g, B, S_g, S_g,
+        channels). B is split over the devices, whose rows are in the order of `device_rows`.
       weights: (B,) 1, or 0 for an image that must not count.
 
     Returns:
@@ -95,10 +83,10 @@ def update(
     learned = jax.shard_map(
         functools.partial(learn, net, config, layout),
         mesh=layout.mesh,
-        in_specs=(specs.replace(opt_state=None), CROPS, BATCH),
+        in_specs=(specs.replace(opt_state=None), images_spec(images), BATCH),
         out_specs=(specs.params, specs.batch_stats, specs.method, P()),
     )
-    grads, batch_stats, own, metrics = learned(state.replace(opt_state=None), crops, weights)
+    grads, batch_stats, own, metrics = learned(state.replace(opt_state=None), images, weights)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = layout.cut_params(optax.apply_updates(state.params, updates))
@@ -129,25 +117,24 @@ def learn(
     config: Any,
     layout: Layout,
     state: TrainState,
-    crops: list[jax.Array],
+    images: Images,
     weights: jax.Array,
 ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
-    """One replica's part of a step, inside `shard_map`.
+    """One device's part of a step, inside `shard_map`.
 
     Args:
       net, config, layout: as in `make_train_step`.
-      state: the replica's share of the state, without the optimizer's.
-      crops: this replica's, for each group (n_g, B, S_g, S_g, channels).
-      weights: (B,) as in `update`.
+      state: the device's share of the state, without the optimizer's.
+      images, weights: the device's share, as in `update`.
 
     Returns:
-      The gradient, averaged over all replicas and split like the parameters; BatchNorm's running
+      The gradient, averaged over all devices and split like the parameters; BatchNorm's running
       statistics; the method's state after this batch; and metrics of the global batch.
     """
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
     def loss_of(params):
-        found = objective(net, config, params, state, crops, weights)
+        found = objective(net, config, params, state, images, weights)
         return found.learned.loss * scale, found
 
     grads, found = jax.grad(loss_of, has_aux=True)(layout.own(state.params))
@@ -157,7 +144,7 @@ def learn(
 
 
 class Found(NamedTuple):
-    """What a replica computes before the gradient."""
+    """What a device computes before the gradient."""
 
     outputs: Outputs
     batch_stats: Any
@@ -169,24 +156,65 @@ def objective(
     config: Any,
     params: Any,
     state: TrainState,
-    crops: list[jax.Array],
+    images: Images,
     weights: jax.Array,
 ) -> Found:
-    """Compute a replica's loss inside `shard_map`, like `learn`, of whole `params`."""
+    """Compute a device's loss inside `shard_map`, like `learn`, of whole `params`."""
     network = Network(
-        functools.partial(forward, net, config),
+        functools.partial(forward_in_turn, net, config, images),
         lambda params, z: head.prototype_scores(params['head'], z),
     )
-    outputs, batch_stats = network.forward(params, state.batch_stats, crops)
-    batch = Batch(state.step, crops, weights)
+    outputs, batch_stats = network.forward(params, state.batch_stats)
+    batch = Batch(state.step, weights)
     learned = methods.make(config).loss(network, params, outputs, batch, state.method)
     return Found(outputs, batch_stats, learned)
+
+
+def forward_in_turn(
+    net: SwAVNet, config: Any, images: Images, params: Any, batch_stats: Any
+) -> tuple[Outputs, Any]:
+    """Outputs of the network for a device's images, one micro-batch after the other.
+
+    A micro-batch is what a replica on a device of its own would be. Only its outputs are kept: the
+    backward pass cuts its crops and computes it again, and adds its gradient to that of the others.
+    So codes are those of the whole batch, and the gradient is exact. Every micro-batch moves the
+    same running statistics, and their average is kept, as over BatchNorm groups.
+    """
+
+    def forward_one(images):
+        return forward(net, config, params, batch_stats, crops_of(config, images))
+
+    count = config.train.micro_batches
+    if count == 1:
+        return forward_one(images)
+    outputs, new = lax.map(
+        jax.checkpoint(forward_one, prevent_cse=False), micro_batches(images, count)
+    )
+    joined = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[-1]), outputs
+    )
+    return joined, jax.tree.map(lambda x: jnp.mean(x, 0), new)
+
+
+def crops_of(config: Any, images: Images) -> list[jax.Array]:
+    """Crops of images that may be crops already: for each group (n_g, B, S_g, S_g, channels).
+
+    They are float64 if `config.precision` is, else float32.
+    """
+    if not isinstance(images, Mapping):
+        return list(images)
+    dtype = jnp.promote_types(jnp.dtype(config.precision), jnp.float32)
+    groups = augment.multi_crop(
+        images, seed=config.seed, data=config.data, augment=config.augment, dtype=dtype
+    )
+    counts = config.data.num_crops
+    return [x.reshape(n, -1, *x.shape[1:]) for n, x in zip(counts, groups, strict=True)]
 
 
 def forward(
     net: SwAVNet, config: Any, params: Any, batch_stats: Any, crops: list[jax.Array]
 ) -> tuple[Outputs, Any]:
-    """Outputs of the network for one replica's crops, and BatchNorm's new statistics.
+    """Outputs of the network for a micro-batch's crops, and BatchNorm's new statistics.
 
     Neighbouring groups of crops of equal size share a pass through the trunk, or each crop has its
     own (`config.train.per_crop_pass`), as in VISSL.

@@ -69,7 +69,8 @@ def start(c, devices, *, rate=0.1, dtype=jnp.float32, queue_batches=0, batch=16)
         loss_scale=LossScale.initial(c.precision),
     )
     net = build(c, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
-    layout = Layout(mesh, state, c.sharding, method.specs(own))
+    turns = c.train.micro_batches
+    layout = Layout(mesh, state, c.sharding, method.specs(own), turns)
     return layout, net, tx, layout.spread(put(mesh, jax.device_get(state)))
 
 

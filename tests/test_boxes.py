@@ -12,7 +12,7 @@ from swav_jax.data import boxes
 
 
 def our_boxes(height, width, scale, count=20_000):
-    draws = boxes.draw(3, 1, 0, count // 20, 20)
+    draws = boxes.draw(3, 1, np.arange(count // 20), 20)
     sizes = tf.tile([[height, width]], [count // 20, 1])
     found = boxes.random_resized(draws, sizes, np.tile(np.array([scale]), (20, 1)))
     return found.numpy().reshape(-1, 4)
@@ -62,9 +62,10 @@ def test_boxes_fall_back_to_torchvisions_centre(height, width):
 
 
 def test_box_draws_of_crops_positions_epochs_and_seeds_are_unrelated():
-    draws = [boxes.draw(*key, 2, 4) for key in ((0, 0, 0), (0, 0, 2), (0, 1, 0), (1, 0, 0))]
+    places = ((0, 0, [0, 1]), (0, 0, [2, 3]), (0, 1, [0, 1]), (1, 0, [0, 1]))
+    draws = [boxes.draw(seed, epoch, np.array(where), 4) for seed, epoch, where in places]
     assert len(np.unique(draws)) == np.size(draws)
-    np.testing.assert_array_equal(boxes.draw(0, 0, 1, 2, 4)[0], draws[0][1])
-    np.testing.assert_array_equal(boxes.draw(0, 0, 1, 2, 4)[1], draws[1][0])
-    far = boxes.draw(2**31, 2**31, 2**31, 2, 4)
-    np.testing.assert_array_equal(boxes.draw(2**31, 2**31, 2**31 + 1, 1, 4)[0], far[1])
+    apart = boxes.draw(0, 0, np.array([3, 1, 2, 0]), 4)
+    np.testing.assert_array_equal(apart, np.concatenate(draws[:2])[[3, 1, 2, 0]])
+    far = boxes.draw(2**31, 2**31, 2**31 + np.arange(2), 4)
+    np.testing.assert_array_equal(boxes.draw(2**31, 2**31, 2**31 + np.array([1]), 4)[0], far[1])

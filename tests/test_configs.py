@@ -105,7 +105,7 @@ def test_settings_are_vissls(name):
     trunk, dims, use_bn, crops, replicas, batch, queue, peak = RECIPES[name]
     config = get_config(name)
     settings.validate(config)
-    sizes = settings.sizes(config, num_images=IMAGES, num_replicas=replicas)
+    sizes = settings.sizes(config, num_images=IMAGES, num_devices=replicas)
     for key, value in trunk.items():
         assert config.model.trunk[key] == value
     assert config.model.head.dims == (0, *dims)
@@ -147,7 +147,7 @@ def test_one_step_has_shapes(name):
     """The step that a run compiles, on 8 devices, without allocating any of it."""
     config = get_config(name)
     mesh = meshes.make_mesh(config.model.sync_bn)
-    sizes = settings.sizes(config, num_images=IMAGES, num_replicas=mesh.size)
+    sizes = settings.sizes(config, num_images=IMAGES, num_devices=mesh.size)
     made = {}
 
     def first_state():

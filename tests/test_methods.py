@@ -31,7 +31,7 @@ class WithTeacher(SwAV):
         return jax.tree.map(lambda _: REPLICATED, state)
 
     def loss(self, network, params, outputs, batch, state):
-        seen, batch_stats = network.forward(state.params, state.batch_stats, batch.crops)
+        seen, batch_stats = network.forward(state.params, state.batch_stats)
         codes = sinkhorn_codes(
             [s[:2] for s in seen.scores], epsilon=0.05, num_iters=3, axis_names=AXES
         )

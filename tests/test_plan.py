@@ -68,7 +68,7 @@ def test_slices_and_recomputing_show_in_the_memory():
     for sharding, remat in (('replicated', 'none'), ('zero', 'block')):
         config.sharding, config.model.remat = sharding, remat
         mesh = plan.AbstractMesh((1, 8), plan.meshes.AXES)
-        sizes = settings.sizes(config, num_images=100_000, num_replicas=8)
+        sizes = settings.sizes(config, num_images=100_000, num_devices=8)
         schedule = plan.make_schedule(config, sizes)
         costs.append(plan.cost(config, sizes, schedule, mesh))
     whole, sliced = costs
@@ -121,7 +121,7 @@ def test_warnings_come_with_remedies(changes, warning):
     config = runpy.run_path(str(ROOT / 'configs' / 'demo.py'))['get_config']()
     config.update_from_flattened_dict(changes)
     num_images, warnings = plan.count_images(config)
-    sizes = settings.sizes(config, num_images=num_images, num_replicas=1)
+    sizes = settings.sizes(config, num_images=num_images, num_devices=1)
     warnings += plan.warn(config, sizes, plan.make_schedule(config, sizes))
     assert len(warnings) == (warning is not None)
     assert warning is None or warning in warnings[0]

@@ -33,7 +33,7 @@ class Training:
         self.config, self.precision = c, precision
         self.mesh = make_mesh(c.model.sync_bn, jax.devices()[:1])
         self.source = sources.open_source('demo', channels=1)
-        sizes = settings.sizes(c, num_images=len(self.source), num_replicas=1)
+        sizes = settings.sizes(c, num_images=len(self.source), num_devices=1)
         # A rate of 0.4 learns fast, and multiplies rounding; 0.1 falling to 0 comes to rest.
         net, tx, self.layout, self.state = make_state(
             c,

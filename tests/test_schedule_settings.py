@@ -118,7 +118,7 @@ def refused_schedules():
 
 def test_every_part_of_a_schedule_is_checked():
     config, tried = default(), 0
-    sizes = settings.sizes(config, num_images=100_000, num_replicas=1)
+    sizes = settings.sizes(config, num_images=100_000, num_devices=1)
     for lr, name in refused_schedules():
         with pytest.raises(UserError) as caught:
             Schedule().check(f'config.{LR}', lr)
@@ -163,7 +163,7 @@ def test_sound_schedules_stay_valid():
         with config.ignore_type():
             config.optimizer.param_schedulers.lr = lr
         settings.validate(config)
-        sizes = settings.sizes(config, num_images=100_000, num_replicas=1)
+        sizes = settings.sizes(config, num_images=100_000, num_devices=1)
         rates = jax.vmap(make_schedule(config, sizes))(jnp.arange(sizes.total_steps))
         assert jnp.isfinite(rates).all() and rates.min() >= 0
         assert (rates.max() > 0) == (lr['name'] != 'constant')

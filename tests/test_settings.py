@@ -45,7 +45,7 @@ def refusal(config):
         settings.validate(config)
         method = methods.make(config)
         method.check()
-        sizes = settings.sizes(config, num_images=100_000, num_replicas=1)
+        sizes = settings.sizes(config, num_images=100_000, num_devices=1)
         method.check_run(sizes)
         make_schedule(config, sizes)
         models.build(config.model, channels=config.data.channels)

@@ -32,7 +32,7 @@ def test_what_is_chosen_for_any_number_of_images_fits_it(name, words, count):
     """No warning of the plan, and steps, queue and freeze that such a run has."""
     config = recipe(name, words, data__limit=count)
     replicas = 1 if words == 'cpu' else int(words)
-    sizes = settings.sizes(config, num_images=count, num_replicas=replicas)
+    sizes = settings.sizes(config, num_images=count, num_devices=replicas)
     schedule = make_schedule(config, sizes)
     assert list(plan.warn(config, sizes, schedule)) == []
     method = methods.make(config)
@@ -103,7 +103,7 @@ def test_a_value_that_no_run_can_have_is_named(name, setting, value):
 def test_more_gpus_than_the_images_fill(name):
     config = recipe(name, '64', data__limit=100)
     assert config.data.batchsize_per_replica == 1
-    settings.sizes(config, num_images=100, num_replicas=64)
+    settings.sizes(config, num_images=100, num_devices=64)
 
 
 def test_reasons_have_the_numbers_of_the_run():

@@ -225,9 +225,8 @@ def test_metrics_of_a_collapse():
         weights = jax.lax.pcast(jnp.ones(4), AXES, to='varying')
         return health(loss, embeddings, scores, codes, weights)
 
-    found = jax.shard_map(replica, mesh=mesh, in_specs=P(None, AXES), out_specs=P())(
-        embeddings, scores, codes
-    )
+    of_all = jax.shard_map(replica, mesh=mesh, in_specs=P(None, AXES), out_specs=P())
+    found = jax.jit(of_all)(embeddings, scores, codes)
     expected = dict(
         loss=2.0,
         code_entropy=np.log(3),

@@ -154,6 +154,18 @@ def _checked(
     return parse
 
 
+def size(text: str) -> float:
+    """The type of a flag: bytes, as 80GB or 24 GiB."""
+    units = {'GB': 1e9, 'GiB': 2**30, 'MB': 1e6, 'MiB': 2**20}
+    number, unit = text.rstrip('GMiB ').strip(), text.lstrip('0123456789. ')
+    bytes_of = _checked(
+        lambda _: float(number) * units[unit],
+        lambda x: 1e6 <= x <= 1e15,
+        'a size from 1MB on, as 80GB or 24GiB',
+    )
+    return bytes_of(text)
+
+
 boolean = _checked(lambda text: BOOLEANS[text.lower()], lambda _: True, 'true or false')
 
 

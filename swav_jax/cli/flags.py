@@ -43,6 +43,8 @@ def train(parser: cli.Parser, argv: Sequence[str]) -> Flags:
     _add(plans, '--plan', cli.boolean, 'true|false', text, **switch)
     text = 'number of devices (default: 0, those of this machine)'
     _add(plans, '--replicas', cli.integer(), 'N', text, default=0)
+    text = "propose micro-batches with which the batch fits a device's memory, as 80GB"
+    _add(plans, '--memory', cli.size, 'SIZE', text)
     text = 'images per second that the host has to decode'
     _add(plans, '--images_per_second', cli.number(1, 1e9), 'N', text, default=1000)
 

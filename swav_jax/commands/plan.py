@@ -1,6 +1,5 @@
 """`--plan`: the cost of a run, and warnings, before anything is spent."""
 
-import dataclasses
 import math
 import textwrap
 from collections.abc import Iterator
@@ -12,12 +11,13 @@ from ml_collections import ConfigDict
 
 from swav_jax import config as settings
 from swav_jax import methods, optim
-from swav_jax.commands import traced
+from swav_jax.commands import fit
+from swav_jax.commands.cost import Cost, cost
+from swav_jax.commands.fit import size
 from swav_jax.data import sources
 from swav_jax.errors import UserError
 from swav_jax.parallel import mesh as meshes
-from swav_jax.state import TrainState, make_schedule, make_state
-from swav_jax.step import make_train_step
+from swav_jax.state import make_schedule
 
 IMAGENET = 1_281_167  # images of the training set
 # JPEGs of 500×375 that a core decodes onto a canvas of 512² per second, boxes included.
@@ -28,30 +28,16 @@ INDENT = ' ' * 4  # of a reason under its setting
 CURVE = (60, 8)  # columns and rows of the plot
 
 
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """One device's share of a step, in bytes except `flops` and `num_params`."""
+def show(
+    config: ConfigDict, replicas: int, images_per_second: float, memory: float | None = None
+) -> None:
+    """Print the plan of a run.
 
-    params: int
-    num_params: int
-    opt_state: int
-    gradients: int
-    gathered: int  # the whole parameters, if each device keeps only a slice
-    kept: int  # of the forward pass, for the backward pass
-    batch: int  # canvases and crops
-    method: dict[str, int]  # its state, by part
-    sent: int  # all-reduced, gathered or scattered
-    flops: int
-
-    @property
-    def memory(self) -> int:
-        """The sum, without the scratch memory of kernels."""
-        parts = (self.params, self.opt_state, self.gradients, self.gathered, self.kept)
-        return sum(parts) + self.batch + sum(self.method.values())
-
-
-def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
-    """Print the plan of a run on `replicas` devices (0: those of this machine).
+    Args:
+      config: the run's settings.
+      replicas: number of devices; 0: those of this machine.
+      images_per_second: that the host has to decode.
+      memory: bytes of a device, for which micro-batches are proposed.
 
     Raises:
       UserError: a setting cannot work.
@@ -62,7 +48,7 @@ def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
     num_images, notes = count_images(config)
     local = min(replicas, DEVICES_PER_PROCESS)
     mesh = AbstractMesh(meshes.mesh_shape(config.model.sync_bn, replicas, local), meshes.AXES)
-    sizes = settings.sizes(config, num_images=num_images, num_replicas=replicas)
+    sizes = settings.sizes(config, num_images=num_images, num_devices=replicas)
     schedule = make_schedule(config, sizes)
     found = cost(config, sizes, schedule, mesh)
     places = np.linspace(0, sizes.total_steps - 1, CURVE[0])
@@ -76,6 +62,8 @@ def show(config: ConfigDict, replicas: int, images_per_second: float) -> None:
         print(line)
     for label, text in describe(config, sizes, mesh, found, images_per_second):
         print(f'{label:<22}{text}')
+    if memory is not None:
+        print('\n'.join(['', *fit.proposal(config, sizes, schedule, mesh, found, memory)]))
     print(f'\nlearning rate over {sizes.total_steps:,} steps, up to {rates.max():.4g}')
     print('\n'.join(draw(rates, *CURVE)))
     warnings = [f'warning: {text}' for text in (*notes, *warn(config, sizes, schedule))]
@@ -107,44 +95,6 @@ def reasons(config: ConfigDict) -> Iterator[str]:
         yield ''
 
 
-def cost(
-    config: ConfigDict, sizes: settings.Sizes, schedule: optim.Schedule, mesh: AbstractMesh
-) -> Cost:
-    """Count one device's share of a step, from the traced step and the state's layout."""
-    made = {}
-
-    def initial() -> TrainState:
-        made['net'], made['tx'], made['layout'], state = make_state(config, sizes, schedule, mesh)
-        return state
-
-    state = jax.eval_shape(initial)
-    layout = made['layout']
-    step = make_train_step(made['net'], made['tx'], config, layout)
-    batch = traced.batch_shapes(config, sizes.batch_size)
-    counted = traced.cost(step, state, batch)
-    whole = layout.whole()
-    shardings, sliced = layout.shardings, config.sharding == 'zero' and mesh.size > 1
-    pixels = sum(
-        n * size**2 for n, size in zip(config.data.num_crops, config.data.size_crops, strict=True)
-    )
-    crops = 4 * config.data.batchsize_per_replica * config.data.channels * pixels
-    return Cost(
-        params=traced.share_bytes(state.params, shardings.params),
-        num_params=sum(x.size for x in jax.tree.leaves(whole.params)),
-        opt_state=traced.share_bytes(state.opt_state, shardings.opt_state),
-        gradients=traced.tree_bytes(whole.params),
-        gathered=traced.tree_bytes(whole.params) if sliced else 0,
-        kept=traced.kept_bytes(config),
-        batch=traced.tree_bytes(batch) // mesh.size + crops,
-        method={
-            name: traced.share_bytes(part, getattr(shardings.method, name))
-            for name, part in state.method._asdict().items()
-        },
-        sent=counted['bytes_sent'],
-        flops=counted['flops'],
-    )
-
-
 def describe(
     config: ConfigDict,
     sizes: settings.Sizes,
@@ -153,9 +103,13 @@ def describe(
     images_per_second: float,
 ) -> Iterator[tuple[str, str]]:
     """Yield labels and texts."""
-    per_replica = config.data.batchsize_per_replica
+    per_replica, turns = config.data.batchsize_per_replica, config.train.micro_batches
     groups, members = mesh.shape.values()
-    yield 'batch', f'{sizes.num_replicas} replicas × {per_replica} = {sizes.batch_size:,} images'
+    groups *= turns
+    replicas = f'{mesh.size} replicas'
+    if turns > 1:
+        replicas = f'{mesh.size} device{"s" * (mesh.size > 1)} × {turns} micro-batches'
+    yield 'batch', f'{replicas} × {per_replica} = {sizes.batch_size:,} images'
     yield 'BatchNorm', f'{groups} group{"s" * (groups > 1)} of {members} replicas'
     yield (
         'steps',
@@ -167,21 +121,24 @@ def describe(
     yield (
         'FLOPs',
         f'{found.flops / 1e12:,.3g} T a step and device, '
-        f'{found.flops / per_replica / 1e9:,.3g} G an image, forward and backward',
+        f'{found.flops / per_replica / turns / 1e9:,.3g} G an image, forward and backward',
     )
-    yield 'sent', f'{_size(found.sent)} a step and device: all-reduced, gathered or scattered'
-    yield 'memory per device', f'{_size(found.memory)}, and what kernels need for a moment'
+    if turns > 1:
+        yield '', f'{found.repeated:.2f} times those of a batch at once: each forward pass twice'
+    yield 'sent', f'{size(found.sent)} a step and device: all-reduced, gathered or scattered'
+    yield 'memory per device', f'{size(found.memory)}, and what kernels need for a moment'
     for label, value in (
         ('parameters', found.params),
         ('gathered parameters', found.gathered),
         ('optimizer state', found.opt_state),
         ('gradients', found.gradients),
         ('kept for backward', found.kept),
-        ('batch and crops', found.batch),
+        ('outputs', found.outputs),
+        ('batch and crops', found.canvases + found.crops),
         *found.method.items(),
     ):
         if value:
-            yield f'  {label}', _size(value)
+            yield f'  {label}', size(value)
     cores = images_per_second / DECODED_PER_CORE
     yield (
         'host',
@@ -227,10 +184,3 @@ def draw(values: np.ndarray, columns: int, rows: int) -> Iterator[str]:
     heights = np.ceil(values / max(values.max(), 1e-30) * rows * 8).astype(int)
     for row in reversed(range(rows)):
         yield ''.join(blocks[h] for h in np.clip(heights[:columns] - 8 * row, 0, 8)).rstrip()
-
-
-def _size(count: float) -> str:
-    for unit, size in (('GB', 1e9), ('MB', 1e6)):
-        if count >= size:
-            return f'{count / size:,.3g} {unit}'
-    return f'{count / 1e3:,.3g} kB'

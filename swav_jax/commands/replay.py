@@ -30,6 +30,7 @@ from swav_jax.data.images import Source
 from swav_jax.errors import UserError, printable
 from swav_jax.files import open_regular
 from swav_jax.parallel import mesh as meshes
+from swav_jax.parallel.replicas import device_rows
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.runs.digest import named
 from swav_jax.state import make_schedule, make_state
@@ -67,7 +68,7 @@ def replay(folder: Path) -> dict[str, float]:
     source = sources.open_source(
         config.data.source, limit=config.data.limit, channels=config.data.channels
     )
-    sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
+    sizes = settings.sizes(config, num_images=len(source), num_devices=mesh.size)
     if sizes.batch_size != about['global_batch']:
         raise UserError(
             f'{mesh.size} devices make a batch of {sizes.batch_size}, the step had one of '
@@ -82,6 +83,7 @@ def replay(folder: Path) -> dict[str, float]:
             config.data,
             seed=config.seed,
             global_batch=sizes.batch_size,
+            rows=device_rows(sizes.batch_size, mesh.size, config.train.micro_batches),
             first_step=about['batch'],
         )
     )

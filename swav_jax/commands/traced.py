@@ -1,5 +1,6 @@
 """The cost of a step, counted in its trace: nothing is compiled or allocated."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -87,31 +88,42 @@ def _convolution_flops(equation: Any) -> int:
 
 
 def kept_bytes(config: ConfigDict) -> int:
-    """Bytes that a device's forward pass keeps for the backward pass, without parameters.
+    """Bytes that a micro-batch's forward pass keeps for the backward pass, without parameters.
 
-    These are JAX's residuals at `batchsize_per_replica`. XLA may keep less and compute cheap ones
-    again.
+    These are JAX's residuals. XLA may keep less and compute cheap ones again.
     """
-    dtype = jnp.dtype(config.precision)
-    net = models.build(config.model, channels=config.data.channels, dtype=dtype)
-    rows, channels = config.data.batchsize_per_replica, config.data.channels
-    crops = [
-        jax.ShapeDtypeStruct((n, rows, size, size, channels), jnp.float32)
-        for n, size in zip(config.data.num_crops, config.data.size_crops, strict=True)
-    ]
+    forward, variables, images = _forward(config)
+
+    def residuals(params, batch_stats, crops):
+        return jax.vjp(lambda params: forward(params, batch_stats, crops), params, has_aux=True)[1]
+
+    crops = jax.eval_shape(lambda images: step.crops_of(config, images), images)
+    batch_stats = variables.get('batch_stats', {})
+    kept = jax.tree.leaves(jax.eval_shape(residuals, variables['params'], batch_stats, crops))
+    return sum(map(_bytes, kept)) - tree_bytes(variables['params'])
+
+
+def forward_flops(config: ConfigDict) -> int:
+    """FLOPs of a micro-batch's forward pass, with the cutting of its crops."""
+    forward, variables, images = _forward(config)
+
+    def of_images(params, batch_stats, images):
+        return forward(params, batch_stats, step.crops_of(config, images))
+
+    counted = cost(of_images, variables['params'], variables.get('batch_stats', {}), images)
+    return counted['flops']
+
+
+def _forward(config: ConfigDict) -> tuple[Callable, Any, dict[str, jax.ShapeDtypeStruct]]:
+    """`step.forward` as a function of parameters, statistics and crops; shapes to call it with."""
+    channels = config.data.channels
+    net = models.build(config.model, channels=channels, dtype=jnp.dtype(config.precision))
     side = max(config.data.size_crops)
     variables = jax.eval_shape(
         lambda: net.init(jax.random.key(0), [jnp.zeros((1, side, side, channels))], train=True)
     )
-
-    def residuals(variables, crops):
-        def forward(params):
-            return step.forward(net, config, params, variables.get('batch_stats', {}), crops)
-
-        return jax.vjp(forward, variables['params'], has_aux=True)[1]
-
-    kept = jax.tree.leaves(jax.eval_shape(residuals, variables, crops))
-    return sum(map(_bytes, kept)) - tree_bytes(variables['params'])
+    images = batch_shapes(config, config.data.batchsize_per_replica)
+    return functools.partial(step.forward, net, config), variables, images
 
 
 def tree_bytes(tree: Any) -> int:

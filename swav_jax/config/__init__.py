@@ -38,7 +38,7 @@ class Sizes:
     """The numbers of a run that follow from its settings, its devices and its data."""
 
     num_images: int
-    num_replicas: int
+    num_replicas: int  # devices × micro-batches
     batch_size: int  # of all replicas together
     steps_per_epoch: int  # whole batches only
     total_steps: int  # of the schedule: all epochs
@@ -49,19 +49,24 @@ class Sizes:
         return MOST_PROTOTYPES_PER_IMAGE * (self.batch_size + queued)
 
 
-def sizes(config: ConfigDict, *, num_images: int, num_replicas: int) -> Sizes:
+def sizes(config: ConfigDict, *, num_images: int, num_devices: int) -> Sizes:
     """The numbers of a run.
 
     Raises:
       UserError: the data does not fill a batch, or there are more steps than can be counted.
     """
-    per_replica = config.data.batchsize_per_replica
+    per_replica, turns = config.data.batchsize_per_replica, config.train.micro_batches
+    num_replicas = num_devices * turns
     batch_size = per_replica * num_replicas
     if num_images < batch_size:
+        replicas = f'{num_devices} devices'
+        if turns > 1:
+            replicas += f' with config.train.micro_batches={turns}'
+        fewer = ', or fewer micro-batches' if turns > 1 else ''
         raise UserError(
-            f'config.data.batchsize_per_replica={per_replica} on {num_replicas} devices makes a '
+            f'config.data.batchsize_per_replica={per_replica} on {replicas} makes a '
             f'batch of {batch_size} images, but {config.data.source!r} has only {num_images}'
-            f'{_limit_note(config)}: use at most {max(num_images // num_replicas, 1)}'
+            f'{_limit_note(config)}: use at most {max(num_images // num_replicas, 1)}{fewer}'
         )
     steps_per_epoch = num_images // batch_size
     epochs = config.optimizer.num_epochs

@@ -26,6 +26,10 @@ CROPS = {
     '6x160': ((6,), (160,), ((0.14, 1.0),)),
 }
 
+# VISSL's 64 replicas of 64 images on fewer GPUs, with its BatchNorm groups of 512 images:
+# micro-batches, images of each, GPUs of a group, what is computed again to save memory.
+GPUS = {'': None, '1gpu': (8, 512, 1, 'block'), '8gpu': (8, 64, 8, 'none')}
+
 # One more layer, a hidden layer of 4096, and SEER's head with 16,000 prototypes.
 HEADS = ('head3', 'head4096', 'proto16k')
 
@@ -72,6 +76,17 @@ def imagenet(
     if head == 'proto16k':
         config.model.head.use_bn = False
         config.model.head.num_clusters = (16000,)
+    return config
+
+
+def on_gpus(arg: str) -> ConfigDict:
+    """`imagenet`, with words that choose the number of GPUs (`GPUS`) for its batch of 4,096."""
+    (_, numbers), arg = choose(arg, GPUS, '')
+    config = imagenet(arg)
+    if numbers is not None:
+        turns, images, group, remat = numbers
+        config.train.micro_batches, config.data.batchsize_per_replica = turns, images
+        config.model.sync_bn.group_size, config.model.remat = group, remat
     return config
 
 

@@ -53,7 +53,8 @@ SETTINGS = {
 
     'data.source': Setting('', TEXT, 'the images: demo, folder:/path, …; see the README'),
     'data.limit': Setting(0, _STEPS, 'images to use, spread evenly over the source; 0: all'),
-    'data.batchsize_per_replica': Setting(64, whole(1, 65_536), 'images a device and step'),
+    'data.batchsize_per_replica': Setting(64, whole(1, 65_536),
+        'images of a replica: of a device, or of one of its train.micro_batches'),
     'data.canvas_size': Setting(512, whole(1, 8192),
         'side in pixels of the square that an image is decoded onto'),
     'data.channels': Setting(3, whole(1, 1024), 'of an image; 1: gray'),
@@ -142,6 +143,9 @@ SETTINGS = {
         'the learning rate; see swav_jax/optim.py'),
 
     'train.max_steps': Setting(0, _STEPS, 'stop after so many steps; 0: after all epochs'),
+    'train.micro_batches': Setting(1, whole(1, 65_536),
+        'replicas that a device computes in turn; the batch is devices × micro_batches × '
+        'batchsize_per_replica'),
     'train.log_every_steps': Setting(10, whole(1, MOST_STEPS), 'steps between rows of metrics'),
     'train.on_nan': Setting('stop', one_of('stop', 'skip'),
         'skip: go back to the last checkpoint, and leave out the batches since'),

@@ -10,17 +10,20 @@ TRIES = 10  # boxes that RandomResizedCrop draws before it takes the centre
 RATIO = (3 / 4, 4 / 3)  # width over height
 
 
-def draw(seed: int, epoch: int, first: int, count: int, crops: int) -> np.ndarray:
-    """Random numbers for the boxes of `count` images at consecutive positions of an epoch.
+def draw(seed: int, epoch: int, positions: np.ndarray, crops: int) -> np.ndarray:
+    """Random numbers for the boxes of images at some positions of an epoch, int64 (B,).
 
     Try t of crop c at position p is block number (p·crops + c)·TRIES + t of the counter-based
     generator Philox4x64 with the key (seed, epoch), so any part of an epoch can be drawn alone.
 
     Returns:
-      float64 (count, crops, TRIES, 4), uniform in [0, 1).
+      float64 (B, crops, TRIES, 4), uniform in [0, 1).
     """
-    bits = np.random.Philox(key=(seed, epoch), counter=first * crops * TRIES)
-    return np.random.Generator(bits).random((count, crops, TRIES, 4))
+    drawn = []
+    for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
+        bits = np.random.Philox(key=(seed, epoch), counter=int(run[0]) * crops * TRIES)
+        drawn.append(np.random.Generator(bits).random((len(run), crops, TRIES, 4)))
+    return np.concatenate(drawn)
 
 
 def random_resized(draws: tf.Tensor, sizes: tf.Tensor, scales: np.ndarray) -> tf.Tensor:

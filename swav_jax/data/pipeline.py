@@ -36,8 +36,7 @@ def train_dataset(
     seed: int,
     global_batch: int,
     first_step: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> tf.data.Dataset:
     """This process's rows of the global batches of steps first_step, first_step + 1, … for ever.
 
@@ -50,32 +49,26 @@ def train_dataset(
       seed: of the order and of the boxes.
       global_batch: G, over all processes.
       first_step: counted from the start of the run.
-      process_index: which rows: process p of P supplies rows [p·G/P, (p+1)·G/P).
-      process_count: P.
+      rows: int64 (B,), which rows of a global batch this process supplies; None: all.
 
     Returns:
-      A dataset of batches of B = G/P rows: image uint8 (B, canvas, canvas, channels), the picture
+      A dataset of batches of B rows: image uint8 (B, canvas, canvas, channels), the picture
       in the top-left corner, 0 elsewhere; size int32 (B, 2), the picture's height and width; boxes
       float32 (B, crops, 4) of y0, x0, height, width in canvas pixels, the crops of group 0 first;
       weight float32 (B,), 0 for an unreadable image; epoch, position, index int32 (B,).
 
     Raises:
-      UserError: the source holds fewer images than a batch, or the rows do not divide evenly.
+      UserError: the source holds fewer images than a batch.
     """
     if len(source) < global_batch:
         raise UserError(
             f'{len(source)} images are fewer than the global batch of {global_batch}: lower '
             'config.data.batchsize_per_replica or add images'
         )
-    if global_batch % process_count:
-        raise UserError(
-            f'a global batch of {global_batch} does not divide among {process_count} processes: '
-            'change config.data.batchsize_per_replica'
-        )
-    rows = global_batch // process_count
+    rows = np.arange(global_batch) if rows is None else rows
     steps_per_epoch = len(source) // global_batch
     scales = np.repeat(np.array(data.crop_scales, np.float64), data.num_crops, axis=0)
-    draw = functools.partial(boxes.draw, seed, count=rows, crops=len(scales))
+    draw = functools.partial(boxes.draw, seed, crops=len(scales))
 
     _make_devices()
 
@@ -84,26 +77,25 @@ def train_dataset(
 
     def samples(step: tf.Tensor) -> tf.data.Dataset:
         epoch = step // steps_per_epoch
-        first = (step % steps_per_epoch) * global_batch + process_index * rows
-        position = first + tf.range(rows, dtype=tf.int64)
+        position = (step % steps_per_epoch) * global_batch + tf.constant(rows, tf.int64)
         index = tf.numpy_function(order, [epoch, position], tf.int64, stateful=False)
         return tf.data.Dataset.from_tensor_slices(
             {
-                'epoch': tf.repeat(epoch, rows),
+                'epoch': tf.repeat(epoch, len(rows)),
                 'position': position,
-                'index': tf.ensure_shape(index, (rows,)),
+                'index': tf.ensure_shape(index, rows.shape),
             }
         )
 
     def cut(batch: Sample) -> tf.Tensor:
-        first = [batch['epoch'][0], batch['position'][0]]
-        draws = tf.numpy_function(draw, first, tf.float64, stateful=False)
-        draws = tf.ensure_shape(draws, (rows, len(scales), boxes.TRIES, 4))
+        places = [batch['epoch'][0], batch['position']]
+        draws = tf.numpy_function(draw, places, tf.float64, stateful=False)
+        draws = tf.ensure_shape(draws, (len(rows), len(scales), boxes.TRIES, 4))
         return boxes.random_resized(draws, batch['original_size'], scales)
 
     dataset = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max).flat_map(samples)
     dataset = add_pixels(dataset, source, data.canvas_size, data.channels)
-    return _batch(dataset, rows, cut, data.canvas_size, data.channels)
+    return _batch(dataset, len(rows), cut, data.canvas_size, data.channels)
 
 
 def eval_batches(

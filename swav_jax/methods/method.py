@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 # Letters, as in the methods: V crops of B images, of which A get codes; K_h prototypes of head h, D
-# dimensions. Arrays within a step are one replica's share of the batch.
+# dimensions. Arrays within a step are one device's share of the batch, all its micro-batches.
 
 
 class Outputs(NamedTuple):
@@ -20,22 +20,21 @@ class Outputs(NamedTuple):
 class Network(NamedTuple):
     """The network as functions of parameters, so that a method can apply other parameters, too."""
 
-    forward: Callable  # (params, batch_stats, crops) → Outputs, and the new batch_stats
+    forward: Callable  # (params, batch_stats) → Outputs of the batch's crops, new batch_stats
     score: Callable  # (params, embeddings (..., D)) → for each head, scores (..., K_h)
 
 
 class Batch(NamedTuple):
-    """One replica's share of a batch."""
+    """One device's share of a batch."""
 
     step: jax.Array  # () int32, steps done before this one
-    crops: list[jax.Array]  # for each group of crops, (n_g, B, S_g, S_g, channels)
     weights: jax.Array  # (B,) 1, or 0 for an image that must not count
 
 
 class Learned(NamedTuple):
     """Result of `Method.loss`."""
 
-    loss: jax.Array  # () this replica's; the mean over replicas is the loss of the global batch
+    loss: jax.Array  # () this device's; the mean over devices is the loss of the global batch
     codes: list[jax.Array]  # for each head, (A, B, K_h): the targets of the scores
     state: Any  # the method's state after this step
 
@@ -99,14 +98,14 @@ class Method(abc.ABC):
     def loss(
         self, network: Network, params: Any, outputs: Outputs, batch: Batch, state: Any
     ) -> Learned:
-        """One replica's loss, inside `shard_map`; the step differentiates it by `params`.
+        """One device's loss, inside `shard_map`; the step differentiates it by `params`.
 
         Args:
           network: the network's functions.
           params: the parameters that are learned.
           outputs: of the network with these parameters, for the batch's crops.
-          batch: this replica's.
-          state: this replica's share of the method's state.
+          batch: this device's.
+          state: this device's share of the method's state.
         """
 
     @abc.abstractmethod
@@ -116,7 +115,7 @@ class Method(abc.ABC):
         """Metrics of the global batch, inside `shard_map`, in one all-reduce.
 
         Returns:
-          Scalars, equal on all replicas, among them `loss` and `bad_images`.
+          Scalars, equal on all devices, among them `loss` and `bad_images`.
         """
 
     @abc.abstractmethod

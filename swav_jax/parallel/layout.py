@@ -4,6 +4,9 @@ With `config.sharding='replicated'` every device holds all of it, except what th
 queue). With `'zero'` each device holds a slice of every parameter and of the optimizer's state
 (ZeRO, Rajbhandari et al. 2020, 1910.02054): a step gathers the parameters, and gives each device
 its slice of the averaged gradient. Methods, checkpoints and evaluations see full shapes only.
+
+A method's state that is split like the batch is in the order of the replicas in a checkpoint, and
+in that of the devices in a step: see replicas.py.
 """
 
 import math
@@ -16,6 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from swav_jax.parallel.mesh import AXES, REPLICATED
+from swav_jax.parallel.replicas import to_devices, to_replicas
 
 
 class Layout:
@@ -26,6 +30,7 @@ class Layout:
       shapes: the whole state, or its shapes.
       sharding: `config.sharding`.
       method: the PartitionSpecs of the method's state, see `Method.specs`.
+      micro_batches: `config.train.micro_batches`.
 
     Attributes:
       mesh: the mesh.
@@ -33,9 +38,17 @@ class Layout:
       shardings: the same as shardings on the mesh.
     """
 
-    def __init__(self, mesh: Mesh | AbstractMesh, shapes: Any, sharding: str, method: Any):
+    def __init__(
+        self,
+        mesh: Mesh | AbstractMesh,
+        shapes: Any,
+        sharding: str,
+        method: Any,
+        micro_batches: int = 1,
+    ):
         self.mesh = mesh
-        self._zero = sharding == 'zero'
+        self._zero, self._turns = sharding == 'zero', (mesh.size, micro_batches)
+        self._as_saved = not self._zero and 1 in self._turns
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
         self.specs = jax.tree.map(lambda _: REPLICATED, shapes).replace(method=method)
         if self._zero:
@@ -48,9 +61,17 @@ class Layout:
         self._gather = jax.jit(self._cut, out_shardings=self._whole)
 
     def pad(self, state: Any) -> Any:
-        """Pad the arrays of a whole state with zeros to lengths that the devices divide."""
+        """Pad the arrays of a whole state with zeros to lengths that the devices divide.
+
+        The method's state is brought into the order of the devices.
+        """
         opt_state = jax.tree.map(self._pad, state.opt_state) if self._zero else state.opt_state
-        return state.replace(params=self.pad_params(state.params), opt_state=opt_state)
+        method = jax.tree.map(
+            lambda x, spec: to_devices(x, spec, *self._turns), state.method, self.specs.method
+        )
+        return state.replace(
+            params=self.pad_params(state.params), opt_state=opt_state, method=method
+        )
 
     def pad_params(self, params: Any) -> Any:
         """Pad whole parameters like `pad`."""
@@ -66,7 +87,7 @@ class Layout:
 
     def gather(self, state: Any) -> Any:
         """Undo `spread`: parameters and the optimizer's state are whole on every device."""
-        return self._gather(state) if self._zero else state
+        return state if self._as_saved else self._gather(state)
 
     def whole(self) -> Any:
         """Shapes and shardings of the state that `gather` returns."""
@@ -78,9 +99,9 @@ class Layout:
         )
 
     def own(self, params: Any) -> Any:
-        """Inside `shard_map`: the whole parameters, cast to vary over replicas.
+        """Inside `shard_map`: the whole parameters, cast to vary over devices.
 
-        Their gradient is that of the replica's own loss. Without the cast `shard_map` would sum
+        Their gradient is that of the device's own loss. Without the cast `shard_map` would sum
         gradients itself, in the compute dtype.
         """
         if not self._zero:
@@ -96,7 +117,7 @@ class Layout:
         return jax.tree.map(gather, params, self._shapes.params)
 
     def average(self, grads: Any) -> Any:
-        """Inside `shard_map`: the mean of gradients over replicas; with 'zero', this one's slice.
+        """Inside `shard_map`: the mean of gradients over devices; with 'zero', this one's slice.
 
         float32 gradients are averaged in float32, by an all-reduce or a reduce-scatter.
         """
@@ -119,8 +140,15 @@ class Layout:
         return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
     def _cut(self, state: Any) -> Any:
+        method = jax.tree.map(
+            lambda x, spec: to_replicas(x, spec, *self._turns), state.method, self.specs.method
+        )
+        if not self._zero:
+            return state.replace(method=method)
         opt_state = jax.tree.map(_cut, state.opt_state, self._shapes.opt_state)
-        return state.replace(params=self.cut_params(state.params), opt_state=opt_state)
+        return state.replace(
+            params=self.cut_params(state.params), opt_state=opt_state, method=method
+        )
 
 
 def _cut(x: jax.Array, whole: Any) -> jax.Array:

@@ -15,7 +15,6 @@ from swav_jax.errors import UserError
 
 AXES = ('group', 'member')
 BATCH = PartitionSpec(AXES)  # axis 0 split over all replicas
-CROPS = PartitionSpec(None, AXES)  # axis 1: (crop, image, ...)
 REPLICATED = PartitionSpec()
 
 

@@ -17,10 +17,10 @@ from swav_jax.errors import SaidElsewhereError, UserError, os_error_line
 from swav_jax.models import SwAVNet
 from swav_jax.parallel import distributed
 from swav_jax.parallel.layout import Layout
-from swav_jax.parallel.mesh import AXES, BATCH, CROPS
+from swav_jax.parallel.mesh import AXES, BATCH
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.state import TrainState
-from swav_jax.step import multi_crop, objective
+from swav_jax.step import crops_of, objective
 
 MOST_CROPPED = 64  # images whose crops are written; a replay cuts the others again
 
@@ -90,10 +90,9 @@ def _look(
     net: SwAVNet, config: ConfigDict, layout: Layout, state: TrainState, batch: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """Crops, outputs and codes of the step."""
-    crops = multi_crop(config, layout.mesh, batch)
 
-    def look(state, crops, weights):
-        found = objective(net, config, layout.own(state.params), state, crops, weights)
+    def look(state, batch):
+        found = objective(net, config, layout.own(state.params), state, batch, batch['weight'])
         return (
             {'embeddings': found.outputs.embeddings}
             | {f'scores{i}': x for i, x in enumerate(found.outputs.scores)}
@@ -103,10 +102,11 @@ def _look(
     found = jax.shard_map(
         look,
         mesh=layout.mesh,
-        in_specs=(layout.specs.replace(opt_state=None), CROPS, BATCH),
+        in_specs=(layout.specs.replace(opt_state=None), BATCH),
         out_specs=P(None, AXES),
-    )(state.replace(opt_state=None), crops, batch['weight'])
-    return found | {f'crops{i}': x[:, :MOST_CROPPED] for i, x in enumerate(crops)}
+    )(state.replace(opt_state=None), batch)
+    first = {name: x[:MOST_CROPPED] for name, x in batch.items()}
+    return found | {f'crops{i}': x for i, x in enumerate(crops_of(config, first))}
 
 
 def _everywhere(x: jax.Array) -> np.ndarray:

@@ -18,6 +18,7 @@ from swav_jax.evaluate.online import OnlineEvaluation
 from swav_jax.parallel import distributed
 from swav_jax.parallel import mesh as meshes
 from swav_jax.parallel.layout import Layout
+from swav_jax.parallel.replicas import device_rows
 from swav_jax.runs import resume
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.runs.nan_skip import SkipBatches, batch_of_step
@@ -49,13 +50,14 @@ class Setup:
 
     def batches(self, first: int) -> Iterator[pipeline.Batch]:
         """This process's share of every batch from number `first` on."""
+        turns = self.mesh.size, self.config.train.micro_batches
+        rows = device_rows(self.sizes.batch_size, *turns)
         return pipeline.train_batches(
             self.source,
             self.config.data,
             seed=self.config.seed,
             global_batch=self.sizes.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=rows.reshape(jax.process_count(), -1)[jax.process_index()],
             first_step=first,
         )
 
@@ -82,7 +84,7 @@ def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | N
             channels=config.data.channels,
             cache_dir=str(workdir),
         )
-        sizes = settings.sizes(config, num_images=len(source), num_replicas=mesh.size)
+        sizes = settings.sizes(config, num_images=len(source), num_devices=mesh.size)
         schedule = make_schedule(config, sizes)
         net, tx, layout, state = make_state(config, sizes, schedule, mesh)
         evaluation = OnlineEvaluation(config, net, mesh, workdir)
@@ -170,7 +172,7 @@ def introduce(setup: Setup, say: Callable[[str], None]) -> None:
     )
     say(
         f'{sizes.num_images:,} images of {config.data.source}, {sizes.batch_size} a step '
-        f'({config.data.batchsize_per_replica} a device), {sizes.steps_per_epoch:,} steps '
+        f'({_share(config)}), {sizes.steps_per_epoch:,} steps '
         f'an epoch, {sizes.last_step:,} in all'
     )
     if config.data.channels != 3:
@@ -189,3 +191,9 @@ def introduce(setup: Setup, say: Callable[[str], None]) -> None:
     lines = (*setup.source.notes, *setup.evaluation.notes, *setup.said)
     for line in dict.fromkeys(lines):
         say(line)
+
+
+def _share(config: ConfigDict) -> str:
+    """How many images of a step a device computes."""
+    rows, turns = config.data.batchsize_per_replica, config.train.micro_batches
+    return f'{rows} a device' if turns == 1 else f'{turns} micro-batches of {rows} a device'
