@@ -243,6 +243,7 @@ COMMANDS = {
             '--workdir': [*BAD_PATHS, '{file}', '/dev/full', '/dev/null/x', '/proc/x'],
             '--replicas': ['-1', 'x', '1.5', '1e3', '', '9' * 30],
             '--images_per_second': ['nan', 'inf', '-inf', '0', '-1', 'x', '', '1e300'],
+            '--memory': ['80', 'GB', '0GB', '-1GB', 'nanGB', '80TB', '1e3', '9' * 30 + 'GB', ''],
             '--profile': ['-3', 'x', '9' * 30],
             '--num_processes': ['0', '-1', 'x', '9' * 30],
             '--process_id': ['-1', 'x', '9' * 30],

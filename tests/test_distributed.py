@@ -88,6 +88,31 @@ def test_processes_train_like_a_single_one(processes, devices, single, start, tm
 
 
 @pytest.mark.slow
+def test_micro_batches_of_processes_go_on_with_a_run_of_others(start, tmp_path):
+    """2 devices × 4 micro-batches, then 2 processes × 2 × 2: what 8 devices compute."""
+    flags = (*FLAGS, '--config.data.batchsize_per_replica=2', '--config.model.sync_bn.group_size=2')
+    flags += ('--config.evaluate.train_source=', '--config.evaluate.test_source=')
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    turns, half = '--config.train.micro_batches', '--config.train.max_steps=5'
+    for devices, argv in (
+        (8, command(whole, *flags)),
+        (2, command(parts, *flags, f'{turns}=4', half)),
+    ):
+        env = environment(devices, JAX_ENABLE_X64='True')
+        subprocess.run(argv, cwd=ROOT, env=env, check=True, capture_output=True)
+    launcher = ('scripts/launch_local.py', '2', '--cpu_devices=2')
+    launched = start([sys.executable, *launcher, *command(parts, *flags, f'{turns}=2')[3:]])
+    _, err = launched.communicate(timeout=500)
+    assert launched.returncode == 0, err
+    found, expected = rows(parts), rows(whole)
+    assert [row['step'] for row in found] == list(range(1, 11))
+    for name in ('loss', 'lr', 'grad_norm', 'active_prototypes'):
+        np.testing.assert_allclose(
+            [row[name] for row in found], [row[name] for row in expected], rtol=1e-9, err_msg=name
+        )
+
+
+@pytest.mark.slow
 def test_the_others_end_when_one_is_killed(start, tmp_path):
     port = free_port()
     processes = [start(command(tmp_path, *FLAGS, *ENDLESS, *one_of_two(i, port))) for i in range(2)]

@@ -205,6 +205,7 @@ def test_sgd_as_pytorch_documents_it():
     np.testing.assert_allclose(ours['bn']['scale'], expected['bn'], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_probe_learns(workdir, tmp_path):
     """Nearly what logistic regression can reach on the same features."""
     model = load(workdir)

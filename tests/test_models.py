@@ -36,6 +36,13 @@ TRUNKS = {
     **{name: dict(name=name) for name in trunks.TRUNKS if name.startswith('regnet_')},
 }
 
+LARGE = ('resnet152', 'resnext101_32x8d', 'regnet_x_32gf', 'regnet_y_32gf', 'regnet_y_128gf')
+
+
+def slow(names, among):
+    """Names as parameters; those that are `among` others carry the marker."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in among else n for n in names]
+
 
 def model_config(trunk=None, head=None):
     """`config.model` with some settings changed."""
@@ -59,7 +66,7 @@ def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize('name', META)
+@pytest.mark.parametrize('name', slow(META, set(META) - {'resnet18'}))
 def test_features_equal_torchvisions_to_rounding(name, tmp_path):
     golden = state_dict(dict(META[name]['names']))
     torch_weights.write(tmp_path / 'golden.pth', golden)
@@ -109,7 +116,7 @@ def test_a_regnet_has_features_of_parts():
     assert found.shape == (2, 4 * 440)
 
 
-@pytest.mark.parametrize('name', TRUNKS)
+@pytest.mark.parametrize('name', slow(TRUNKS, LARGE))
 def test_trunk_has_as_many_parameters_and_features_as_torchvisions(name):
     net = models.build(model_config(TRUNKS[name]))
     params = shapes(net)['params']['trunk']

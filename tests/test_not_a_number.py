@@ -44,8 +44,13 @@ def bad_batches(epochs):
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_finite_is_dumped_and_replayed(flags, tmp_path):
-    done = run(tmp_path, *flags, '--config.train.log_every_steps=5')
+@pytest.mark.parametrize('turns', [1, 2])
+def test_a_step_that_is_not_finite_is_dumped_and_replayed(flags, turns, tmp_path):
+    halves = (
+        f'--config.train.micro_batches={turns}',
+        f'--config.data.batchsize_per_replica={BATCH // turns}',
+    )
+    done = run(tmp_path, *flags, *halves, '--config.train.log_every_steps=5')
     bad = bad_batches(1)[0]
     assert done.returncode == 3, done.stderr
     assert done.stderr.count('\n') == 1 and f'step {bad + 1} is not finite' in done.stderr

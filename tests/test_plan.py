@@ -133,6 +133,47 @@ def test_a_batch_larger_than_the_data_is_refused(capsys):
     assert "makes a batch of 4096 images, but 'demo' has only 100" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('share', [0.6, 0.3, 0.001])
+def test_as_few_micro_batches_as_fit_are_proposed(share):
+    """Of the memory that the batch takes at once."""
+    config = runpy.run_path(str(ROOT / 'scripts' / 'tiny.py'))['get_config']()
+    config.data.batchsize_per_replica = 32
+    mesh = plan.AbstractMesh((1, 1), plan.meshes.AXES)
+    sizes = settings.sizes(config, num_images=32, num_devices=1)
+    place = sizes, plan.make_schedule(config, sizes), mesh
+    at_once = plan.cost(config, *place)
+    memory = share * at_once.memory / plan.fit.USABLE
+    lines = list(plan.fit.proposal(config, *place, at_once, memory))
+    if share == 0.001:
+        assert len(lines) == 1 and 'one image at a time takes' in lines[0]
+        return
+    turns, rows = (int(line.rpartition('=')[2]) for line in lines[1:3])
+    assert turns > 1 and turns * rows == 32
+
+    def cost(turns):
+        config.train.micro_batches, config.data.batchsize_per_replica = turns, 32 // turns
+        return plan.cost(config, *place)
+
+    assert cost(turns).memory <= share * at_once.memory < cost(turns // 2).memory
+    assert f'BatchNorm over {rows} images, {cost(turns).repeated:.2f} times' in lines[3]
+    assert 1.2 < cost(turns).repeated < 1.5
+
+
+def test_more_micro_batches_than_images_are_refused(capsys):
+    flags = ['--config=configs/demo.py', '--plan', '--replicas=1', '--config.data.limit=100']
+    assert main([*flags, '--config.train.micro_batches=2']) == 2
+    error = capsys.readouterr().err
+    assert 'on 1 device with config.train.micro_batches=2 makes a batch of 128' in error
+    assert 'use at most 50, or fewer micro-batches' in error
+    assert (
+        main([*flags, '--config.train.micro_batches=60000', '--config.data.canvas_size=512']) == 2
+    )
+    assert (
+        'config.train.micro_batches=60000 with config.data.canvas_size=512'
+        in capsys.readouterr().err
+    )
+
+
 def test_the_learning_rate_is_drawn_to_scale():
     lines = list(plan.draw(np.array([0.0, 1.0, 2.0, 4.0]), 4, 2))
     assert lines == ['   █', ' ▄██']

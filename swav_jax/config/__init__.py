@@ -59,7 +59,7 @@ def sizes(config: ConfigDict, *, num_images: int, num_devices: int) -> Sizes:
     num_replicas = num_devices * turns
     batch_size = per_replica * num_replicas
     if num_images < batch_size:
-        replicas = f'{num_devices} devices'
+        replicas = f'{num_devices} device{"s" * (num_devices > 1)}'
         if turns > 1:
             replicas += f' with config.train.micro_batches={turns}'
         fewer = ', or fewer micro-batches' if turns > 1 else ''

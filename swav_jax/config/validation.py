@@ -23,7 +23,7 @@ def validate(config: Any) -> None:
     """
     _WHOLE.check('config', config)
     _check_crops(config.data)
-    _check_memory(config.data)
+    _check_memory(config.data, config.train.micro_batches)
     _check_channels(config.data)
     _check_model(config.model)
     radius, most = config.augment.blur_radius_min, config.augment.blur_radius_max
@@ -65,13 +65,15 @@ def _check_crops(data: Any) -> None:
             raise refusal(f'config.data.crop_scales[{i}]', (least, most), 'in ascending order')
 
 
-def _check_memory(data: Any) -> None:
+def _check_memory(data: Any, micro_batches: int) -> None:
     crops = sum(n * size**2 for n, size in zip(data.num_crops, data.size_crops, strict=True))
-    for name, values in (('canvas_size', data.canvas_size**2), ('size_crops', 4 * crops)):
+    canvases = micro_batches * data.canvas_size**2
+    for name, values in (('canvas_size', canvases), ('size_crops', 4 * crops)):
         needed = data.batchsize_per_replica * data.channels * values
         if needed > MOST_BATCH_BYTES:
+            turns = f', config.train.micro_batches={micro_batches}' * (values == canvases)
             raise UserError(
-                f'config.data.batchsize_per_replica={data.batchsize_per_replica} with '
+                f'config.data.batchsize_per_replica={data.batchsize_per_replica}{turns} with '
                 f'config.data.{name}={data[name]} and config.data.channels={data.channels} takes '
                 f'{needed / 1e9:,.0f} GB of one device for the pixels alone: lower them to less '
                 f'than {MOST_BATCH_BYTES / 1e9:.0f} GB'
