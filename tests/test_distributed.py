@@ -102,8 +102,9 @@ def test_micro_batches_of_processes_go_on_with_a_run_of_others(start, tmp_path):
         subprocess.run(argv, cwd=ROOT, env=env, check=True, capture_output=True)
     launcher = ('scripts/launch_local.py', '2', '--cpu_devices=2')
     launched = start([sys.executable, *launcher, *command(parts, *flags, f'{turns}=2')[3:]])
-    _, err = launched.communicate(timeout=500)
+    out, err = launched.communicate(timeout=500)
     assert launched.returncode == 0, err
+    assert 'resuming from step 5' in out and 'BatchNorm group' not in out
     found, expected = rows(parts), rows(whole)
     assert [row['step'] for row in found] == list(range(1, 11))
     for name in ('loss', 'lr', 'grad_norm', 'active_prototypes'):

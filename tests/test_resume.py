@@ -1,6 +1,7 @@
 """A run that goes on: to the last bit, on other devices, and not with another config."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -36,7 +37,7 @@ def on_devices(count, workdir, *flags):
         *flags,
     )
     return subprocess.run(
-        command(workdir, *flags, f'--config.data.batchsize_per_replica={8 // count}'),
+        command(workdir, f'--config.data.batchsize_per_replica={8 // count}', *flags),
         cwd=ROOT,
         env=environment(count, JAX_ENABLE_X64='True'),
         capture_output=True,
@@ -60,6 +61,15 @@ def test_a_run_does_not_go_on_with_another_config(moved):
     assert other.returncode == 2 and other.stderr.count('\n') == 1
     assert 'config.model.head.num_clusters [5] → [6], config.seed 0 → 1)' in other.stderr
     assert '--force' in other.stderr
+
+
+@pytest.mark.slow
+def test_a_smaller_batchnorm_group_is_said(moved, tmp_path):
+    workdir = shutil.copytree(moved, tmp_path / 'run')
+    flags = ('--config.train.micro_batches=2', '--config.data.batchsize_per_replica=4')
+    done = on_devices(1, workdir, '--config.train.max_steps=7', *flags)
+    assert done.returncode == 0, done.stderr
+    assert 'a BatchNorm group has 4 images, 8 before' in done.stdout
 
 
 @pytest.mark.slow

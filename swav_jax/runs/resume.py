@@ -34,12 +34,22 @@ MEASURED_WITH = (
 )  # fmt: skip
 
 
-def describe(config: ConfigDict, global_batch: int, source: Source) -> dict[str, Any]:
-    """Return what a checkpoint records of its run; `source` are the images."""
+def describe(
+    config: ConfigDict, global_batch: int, group_images: int, source: Source
+) -> dict[str, Any]:
+    """Return what a checkpoint records of its run.
+
+    Args:
+      config: its settings.
+      global_batch: images of a step.
+      group_images: images of a BatchNorm group.
+      source: the images.
+    """
     return {
         'config': settings.to_dict(config),
         'version': swav_jax.__version__,
         'global_batch': global_batch,
+        'group_images': group_images,
         'images': {'count': len(source), 'digest': source.digest()},
     }
 
@@ -136,6 +146,12 @@ def restore(
     step, said = int(state.step), []
     if saved['results'] and not notes['results']:
         said.append('figures that were found with other settings under config.evaluate are dropped')
+    then = saved.get('group_images', now['group_images'])  # runs of earlier versions lack it
+    if then != now['group_images']:
+        said.append(
+            f'a BatchNorm group has {now["group_images"]} images, {then} before, so losses differ: '
+            'config.model.sync_bn.group_size × config.data.batchsize_per_replica keeps them'
+        )
     used = copy.deepcopy(config)
     for name in AT_START:
         used[name] = saved['config'].get(name, config[name])

@@ -88,7 +88,8 @@ def set_up(config: ConfigDict, workdir: Path, force: bool, skip: SkipBatches | N
         schedule = make_schedule(config, sizes)
         net, tx, layout, state = make_state(config, sizes, schedule, mesh)
         evaluation = OnlineEvaluation(config, net, mesh, workdir)
-        about = resume.describe(config, sizes.batch_size, source)
+        group_images = mesh.shape['member'] * config.data.batchsize_per_replica
+        about = resume.describe(config, sizes.batch_size, group_images, source)
     distributed.check_same(
         {f'config.data.source={config.data.source}': about['images']},
         'give the same images to all of them',
