@@ -1,6 +1,9 @@
-"""Write the reference curves of a recipe, which reports compare runs with.
+r"""Write the reference curves of a recipe, which reports compare runs with.
 
     python scripts/reference.py demo
+    python scripts/reference.py small_images --config configs/small_images.py:cpu \
+        --config.data.source=demo --config.evaluate.train_source=demo \
+        --config.evaluate.test_source=demo:test
 
 trains the recipe once for each seed, one run after the other, with an evaluation after each epoch,
 and writes swav_jax/evaluate/reference/demo.json: the lowest, median and highest value of each curve
@@ -24,6 +27,7 @@ from ml_collections import ConfigDict
 import swav_jax
 from swav_jax import cli, files
 from swav_jax import config as settings
+from swav_jax.config.file import Changes
 from swav_jax.errors import UserError, printable
 from swav_jax.evaluate import reference
 from swav_jax.runs.rows import read_rows
@@ -37,6 +41,7 @@ CHANGES = {'evaluate.every_epochs': 1, 'evaluate.report': False, 'checkpoint.kee
 def main(argv: Sequence[str]) -> None:
     """Train, and write the file."""
     parser = cli.Parser(__doc__)
+    parser.accept_changes()
     parser.add_argument('name', metavar='NAME', help='name of the recipe (config.recipe)')
     parser.add_argument(
         '--config', metavar='FILE', help='settings of the recipe (default: configs/NAME.py)'
@@ -55,15 +60,16 @@ def main(argv: Sequence[str]) -> None:
     spec = flags.config or str(ROOT / 'configs' / f'{flags.name}.py')
     folder = flags.keep_runs or Path('runs', 'reference', flags.name)
     out = flags.out or reference.FOLDER / f'{flags.name}.json'
-    config = cli.read_config(spec, tuple((name, str(x)) for name, x in changes(0).items()))
+    config = cli.read_config(spec, (*flags.changes, *changes(0)))
     if config.recipe not in (flags.name, ''):
         raise UserError(f'--config={spec} is the recipe {config.recipe!r}, not {flags.name!r}')
     seeds = sorted(set(flags.seeds))
     workdirs = [folder / f'seed{seed}' for seed in seeds]
     for seed, workdir in zip(seeds, workdirs, strict=True):
-        train(spec, config, seed, workdir)
+        train(spec, config, flags.changes, seed, workdir)
     command = f'python scripts/reference.py {flags.name}'
     command += f' --config {flags.config}' if flags.config else ''
+    command += ''.join(f' {flag}' for flag in as_flags(flags.changes))
     command += f' --seeds {" ".join(map(str, seeds))}' if seeds != SEEDS else ''
     content = summarize(flags.name, seeds, workdirs, settings.to_dict(config), command)
     with files.replacing(out) as path:
@@ -72,13 +78,24 @@ def main(argv: Sequence[str]) -> None:
     print(f'written to {printable(out)}')
 
 
-def changes(seed: int) -> dict[str, Any]:
+def changes(seed: int) -> list[tuple[str, str]]:
     """What a run of a seed has instead of the recipe's settings, by full name."""
-    return {f'config.{name}': value for name, value in ({'seed': seed} | CHANGES).items()}
+    return [(f'config.{name}', str(value)) for name, value in ({'seed': seed} | CHANGES).items()]
 
 
-def train(spec: str, config: ConfigDict, seed: int, workdir: Path) -> None:
+def as_flags(changes: Changes) -> list[str]:
+    """The flags that make changes of settings."""
+    return [f'--{name}' if value is None else f'--{name}={value}' for name, value in changes]
+
+
+def train(spec: str, config: ConfigDict, asked: Changes, seed: int, workdir: Path) -> None:
     """Train with a seed in a process of its own, unless the folder has the finished run.
+
+    Args:
+      spec: the recipe's file.
+      config: its settings, with all changes.
+      asked: those of the command line.
+      seed, workdir: of the run.
 
     Raises:
       UserError: the training failed, or the folder has a run with other settings.
@@ -93,7 +110,7 @@ def train(spec: str, config: ConfigDict, seed: int, workdir: Path) -> None:
         print(f'{printable(workdir)}: finished')
         return
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    flags = [f'--{name}={value}' for name, value in changes(seed).items()]
+    flags = as_flags((*asked, *changes(seed)))
     command = [sys.executable, '-m', 'swav_jax.main', f'--config={spec}', f'--workdir={workdir}']
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH'))))
     done = subprocess.run([*command, *flags], env=os.environ | {'PYTHONPATH': path})
