@@ -23,7 +23,7 @@ LOGGED = ('loss_over_ln_k', 'active_prototypes', 'code_entropy', 'embedding_std'
 # Settings that do not move the curves. Others than these make a run another recipe; those that say
 # how features are judged are among the others, since they move the figures.
 FREE = (
-    'seed', 'recipe', 'sharding', 'checkpoint', 'data.max_bad_fraction', 'model.remat',
+    'seed', 'recipe', 'choices', 'sharding', 'checkpoint', 'data.max_bad_fraction', 'model.remat',
     'train.max_steps', 'train.log_every_steps', 'train.on_nan', 'train.max_nan_skips',
     'train.on_collapse', 'train.collapse_patience',
     'evaluate.every_epochs', 'evaluate.batch_size', 'evaluate.report',
