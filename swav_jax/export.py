@@ -22,6 +22,7 @@ from swav_jax import cli, models, torch_weights
 from swav_jax.cli.flags import export as parse_export
 from swav_jax.config import saved
 from swav_jax.errors import printable
+from swav_jax.runs import encoders
 from swav_jax.runs.checkpoint import Checkpoints
 
 
@@ -32,6 +33,7 @@ def export(
     layout: str = 'torchvision',
     file_format: str = 'pth',
     step: int | None = None,
+    encoder: str = 'network',
 ) -> str:
     """Write the weights of a run's checkpoint to `out`, whole or not at all.
 
@@ -39,6 +41,7 @@ def export(
       workdir: the folder of the run.
       layout, file_format: one of `torch_weights.LAYOUTS` and of `torch_weights.FORMATS`.
       step: which checkpoint; None is the newest.
+      encoder: 'network', or the 'momentum' encoder of a run that has one.
 
     Returns:
       A line that says what was written.
@@ -49,9 +52,8 @@ def export(
     workdir = Path(workdir).expanduser()
     saved.check_folder(workdir)
     with contextlib.closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:
-        step, variables, metadata = checkpoints.read(
-            ('params', 'batch_stats'), step, accept=_naming
-        )
+        step, found, metadata = checkpoints.read(encoders.ENCODERS, step, accept=_naming)
+    variables = encoders.variables(found, encoder)
     state = torch_weights.to_torch(variables, layout, **_naming(metadata))
     torch_weights.write(out, state, file_format)
     content = 'the trunk' if layout == 'torchvision' else 'trunk, head and prototypes'
@@ -76,6 +78,7 @@ def run(flags: argparse.Namespace) -> None:
             layout=flags.layout,
             file_format=flags.format,
             step=flags.step,
+            encoder=flags.encoder,
         )
     )
 

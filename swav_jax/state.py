@@ -31,6 +31,11 @@ class TrainState:
     method: Any  # the method's state, see `methods.method.Method`
     loss_scale: LossScale | None
 
+    def variables(self, encoder: str) -> dict[str, Any]:
+        """`params` and `batch_stats` of the network, or of the method's 'momentum' encoder."""
+        of = self.method if encoder == 'momentum' else self
+        return {'params': of.params, 'batch_stats': of.batch_stats}
+
 
 def make_schedule(config: ConfigDict, sizes: settings.Sizes) -> optim.Schedule:
     """Return the learning rate as a function of the step.

@@ -5,7 +5,7 @@ A device has one replica of the batch, or several in turn: `config.train.micro_b
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,13 +80,15 @@ def update(
       the state before it can be written.
     """
     specs, method = layout.specs, methods.make(config)
+    own = method.before_step(state.step, layout.cut_params(state.params), state.method)
     learned = jax.shard_map(
         functools.partial(learn, net, config, layout),
         mesh=layout.mesh,
         in_specs=(specs.replace(opt_state=None), images_spec(images), BATCH),
         out_specs=(specs.params, specs.batch_stats, specs.method, P()),
     )
-    grads, batch_stats, own, metrics = learned(state.replace(opt_state=None), images, weights)
+    begun = state.replace(method=own, opt_state=None)
+    grads, batch_stats, own, metrics = learned(begun, images, weights)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = layout.cut_params(optax.apply_updates(state.params, updates))
@@ -165,13 +167,19 @@ def objective(
         lambda params, z: head.prototype_scores(params['head'], z),
     )
     outputs, batch_stats = network.forward(params, state.batch_stats)
-    batch = Batch(state.step, weights)
+    batch = Batch(state.step, weights, batch_stats)
     learned = methods.make(config).loss(network, params, outputs, batch, state.method)
     return Found(outputs, batch_stats, learned)
 
 
 def forward_in_turn(
-    net: SwAVNet, config: Any, images: Images, params: Any, batch_stats: Any
+    net: SwAVNet,
+    config: Any,
+    images: Images,
+    params: Any,
+    batch_stats: Any,
+    crops: Sequence[int] | None = None,
+    train: bool = True,
 ) -> tuple[Outputs, Any]:
     """Outputs of the network for a device's images, one micro-batch after the other.
 
@@ -182,7 +190,11 @@ def forward_in_turn(
     """
 
     def forward_one(images):
-        return forward(net, config, params, batch_stats, crops_of(config, images))
+        cut = crops_of(config, images)
+        if crops is not None:
+            of_all = [group[i : i + 1] for group in cut for i in range(len(group))]
+            cut = [of_all[i] for i in crops]
+        return forward(net, config, params, batch_stats, cut, train)
 
     count = config.train.micro_batches
     if count == 1:
@@ -212,7 +224,12 @@ def crops_of(config: Any, images: Images) -> list[jax.Array]:
 
 
 def forward(
-    net: SwAVNet, config: Any, params: Any, batch_stats: Any, crops: list[jax.Array]
+    net: SwAVNet,
+    config: Any,
+    params: Any,
+    batch_stats: Any,
+    crops: list[jax.Array],
+    train: bool = True,
 ) -> tuple[Outputs, Any]:
     """Outputs of the network for a micro-batch's crops, and BatchNorm's new statistics.
 
@@ -228,7 +245,7 @@ def forward(
     outputs, new = net.apply(
         {'params': params, 'batch_stats': batch_stats},
         passes,
-        train=True,
+        train=train,
         recompute_passes=config.train.per_crop_pass,
         mutable=['batch_stats'],
     )

@@ -157,6 +157,8 @@ def export(parser: cli.Parser, argv: Sequence[str]) -> Flags:
     layouts = ('torchvision', 'vissl', 'swav')
     _add_choice(parser, '--layout', layouts, 'names of the tensors, see above')
     _add_choice(parser, '--format', ('pth', 'safetensors'), 'format of the file')
+    text = 'whose weights; momentum: of config.method=swav_momentum'
+    _add_choice(parser, '--encoder', ('network', 'momentum'), text)
     _add_step(parser)
     found = parser.parse(argv)
     saved.check_folder(found.workdir)

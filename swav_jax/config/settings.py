@@ -21,6 +21,7 @@ MOST_PROTOTYPES_PER_IMAGE = 4
 ONLINE = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')  # evaluations in a run
 MOST_HEADS = 16  # of prototypes, and layers of the projection
 
+_MOMENTUM = ('swav_momentum',)
 _SHARE = real(0, 1)
 _BELOW_1 = real(0, 1 - 2**-53, 'a number from 0 to below 1')
 _STEPS = whole(0, MOST_STEPS)
@@ -33,6 +34,7 @@ class Setting(NamedTuple):
     default: Any
     kind: Kind  # what it may be by itself; `validation` has what settings must be together
     about: str  # what it means, for `--help` and docs/settings.md
+    methods: tuple[str, ...] = ()  # those of config.method that use it; (): all
 
 
 # fmt: off
@@ -50,6 +52,9 @@ SETTINGS = {
         'its name; the report compares the run with the reference curves of this name'),
     'choices': Setting((), Several(Pair(TEXT, TEXT), 0, 100),
         'settings that the recipe has chosen, and why; --plan prints them'),
+
+    'method': Setting('swav', one_of('swav', 'swav_momentum'),
+        'what is learned; swav_momentum: codes from a momentum encoder'),
 
     'data.source': Setting('', TEXT, 'the images: demo, folder:/path, …; see the README'),
     'data.limit': Setting(0, _STEPS, 'images to use, spread evenly over the source; 0: all'),
@@ -117,6 +122,10 @@ SETTINGS = {
     'loss.temp_hard_assignment_iters': Setting(0, _STEPS, 'steps with one-hot codes at the start'),
     'loss.shk_powerlaw': Setting(0.0, real(0, 100),
         "exponent of the prototypes' shares of the images; 0: equal shares"),
+    'loss.momentum': Setting(0.99, _SHARE,
+        'of the encoder of swav_momentum: how much of it stays in a step', _MOMENTUM),
+    'loss.momentum_eval_mode_iter_start': Setting(0, _STEPS,
+        "step from which this encoder's BatchNorm uses its running statistics", _MOMENTUM),
     'loss.queue.queue_length': Setting(0, whole(0, 10_000_000),
         'embeddings of earlier batches, over all devices; 0: no queue'),
     'loss.queue.start_iter': Setting(0, _STEPS, 'step at which the queue begins to fill'),
@@ -178,6 +187,8 @@ SETTINGS = {
     'evaluate.size': Setting(224, whole(1, 4096), 'side of the center crop in pixels'),
     'evaluate.resize': Setting(256, whole(1, 8192),
         "the image's shorter side before it is cropped"),
+    'evaluate.encoder': Setting('network', one_of('network', 'momentum'),
+        'whose features are evaluated; momentum: with swav_momentum', _MOMENTUM),
     # VISSL's LINEAR_EVAL_FEAT_POOL_OPS_MAP
     'evaluate.feature_grid': Setting(1, whole(1, 64),
         "parts along each side of the trunk's last map whose averages are the features"),

@@ -3,6 +3,7 @@
 `settings` has what each may be by itself, this file what they must be together.
 """
 
+import functools
 from typing import Any
 
 from swav_jax.config.kinds import Section
@@ -22,6 +23,7 @@ def validate(config: Any) -> None:
       UserError: it names the first setting that cannot work, its value and what is allowed.
     """
     _WHOLE.check('config', config)
+    _check_method(config)
     _check_crops(config.data)
     _check_memory(config.data, config.train.micro_batches)
     _check_channels(config.data)
@@ -49,6 +51,17 @@ def _sections() -> Section:
 
 
 _WHOLE = _sections()
+
+
+def _check_method(config: Any) -> None:
+    for name, setting in SETTINGS.items():
+        if setting.methods and config.method not in setting.methods:
+            value = functools.reduce(getattr, name.split('.'), config)
+            if value != setting.default:
+                raise UserError(
+                    f'config.{name}={value} is a setting of config.method='
+                    f'{" or ".join(setting.methods)}: leave it out with {config.method}'
+                )
 
 
 def _check_crops(data: Any) -> None:

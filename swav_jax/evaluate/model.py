@@ -21,7 +21,7 @@ from swav_jax.data import in_memory, sources
 from swav_jax.data.images import Source
 from swav_jax.errors import UserError, printable
 from swav_jax.evaluate.extraction import Features, check_readable, extract, some_names
-from swav_jax.runs import digest
+from swav_jax.runs import digest, encoders
 from swav_jax.runs.checkpoint import Checkpoints
 
 LOG = logging.getLogger(__name__)
@@ -127,13 +127,14 @@ def load(
     workdir = Path(workdir).expanduser()
     saved.check_folder(workdir)
     checkpoints = Checkpoints(workdir / 'checkpoints')
-    step, variables, metadata = checkpoints.read(
-        ('params', 'batch_stats'), step, accept=lambda about: saved.restore(about['config'])
+    step, found, metadata = checkpoints.read(
+        encoders.ENCODERS, step, accept=lambda about: saved.restore(about['config'])
     )
     checkpoints.close()
     config = override(saved.restore(metadata['config']), changes)
     settings.validate(config)
     methods.make(config).check()
+    variables = encoders.variables(found, config.evaluate.encoder)
     net = _build(config)
     if changes:
         _check_fits(net, variables, config, step)

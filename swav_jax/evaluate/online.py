@@ -273,7 +273,7 @@ class OnlineEvaluation:
             test=self.look(state, self.test, self._of_head('of_test')),
             train=self._look_at_train(state),
             pair=self.pair,
-            prototypes=_prototypes(state),
+            prototypes=_prototypes(state, self.config.evaluate.encoder),
             crops=functools.partial(self._embed_crops, state),
         )
         self._report_unreadable(seen, say)
@@ -303,7 +303,7 @@ class OnlineEvaluation:
         of_head: Collection[str] = ('embeddings', 'scores'),
     ) -> extraction.Features:
         """Compute features of all images of a source; for `of_head` see `extraction.extract`."""
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        variables = state.variables(self.config.evaluate.encoder)
         return extraction.extract(
             self.net, variables, source, self.config, self.mesh, of_head=of_head
         )
@@ -340,12 +340,12 @@ class OnlineEvaluation:
         readable = batch['weight'] > 0
         if not readable.any():
             return None
-        variables = {'params': state.params, 'batch_stats': state.batch_stats}
+        variables = state.variables(self.config.evaluate.encoder)
         return np.stack([extraction.embed(self.net, variables, x)[readable] for x in crops])
 
 
-def _prototypes(state: TrainState) -> tuple[np.ndarray, ...]:
+def _prototypes(state: TrainState, encoder: str) -> tuple[np.ndarray, ...]:
     """The prototypes (K, D) of each head."""
-    head = jax.tree.map(extraction.local, state.params['head'])
+    head = jax.tree.map(extraction.local, state.variables(encoder)['params']['head'])
     axes = jnp.eye(len(head['prototypes0']['kernel']))
     return tuple(np.asarray(scores).T for scores in prototype_scores(head, axes))

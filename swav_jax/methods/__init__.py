@@ -4,10 +4,11 @@ from typing import Any
 
 from swav_jax.methods.method import Method
 from swav_jax.methods.swav import SwAV
+from swav_jax.methods.swav_momentum import SwAVMomentum
 
-METHODS = {'swav': SwAV}
+METHODS = {'swav': SwAV, 'swav_momentum': SwAVMomentum}
 
 
 def make(config: Any) -> Method:
-    """Return the method of a run: SwAV, the only one so far."""
-    return METHODS['swav'](config)
+    """Return the method of a run, `config.method`; runs of earlier versions have SwAV."""
+    return METHODS[config.get('method', 'swav')](config)

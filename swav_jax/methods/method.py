@@ -20,7 +20,9 @@ class Outputs(NamedTuple):
 class Network(NamedTuple):
     """The network as functions of parameters, so that a method can apply other parameters, too."""
 
-    forward: Callable  # (params, batch_stats) → Outputs of the batch's crops, new batch_stats
+    # (params, batch_stats, crops=None, train=True) → Outputs of these crops (indices, None: all),
+    # new batch_stats
+    forward: Callable
     score: Callable  # (params, embeddings (..., D)) → for each head, scores (..., K_h)
 
 
@@ -29,6 +31,7 @@ class Batch(NamedTuple):
 
     step: jax.Array  # () int32, steps done before this one
     weights: jax.Array  # (B,) 1, or 0 for an image that must not count
+    batch_stats: Any  # of the network after this batch's forward pass
 
 
 class Learned(NamedTuple):
@@ -41,6 +44,9 @@ class Learned(NamedTuple):
 
 class Method(abc.ABC):
     """What a run learns. A method holds no arrays: they are in its state, which the step passes.
+
+    A method with an encoder of its own (`config.evaluate.encoder`) has that one's variables in the
+    fields `params` and `batch_stats` of its state.
 
     Its functions get parameters in their full shapes, whatever `config.sharding` is, so a copy of
     them in its state (a teacher) has the same shapes; `specs` says how that copy is split.
@@ -93,6 +99,16 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def specs(self, state: Any) -> Any:
         """Return a PartitionSpec for each array of the method's state, which may be shapes."""
+
+    def before_step(self, step: jax.Array, params: Any, state: Any) -> Any:
+        """Return the method's state with which a step begins, outside `shard_map`.
+
+        Args:
+          step: () int32, steps done before.
+          params: of the network, as its forward pass will use them.
+          state: after the last step.
+        """
+        return state
 
     @abc.abstractmethod
     def loss(

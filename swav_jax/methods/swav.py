@@ -106,6 +106,71 @@ class SwAVSettings:
     use_double_precision: bool = False  # codes and loss in float64 (needs jax_enable_x64)
 
 
+def swav_codes(
+    samples: Sequence[Float[Array, 'assign images _']],
+    queue_scores: Sequence[Float[Array, 'assign batches images _']] | None,
+    queue: Queue | None,
+    weights: Float[Array, ' images'],
+    settings: SwAVSettings,
+    *,
+    hard_assignment: bool | Bool[Array, ''] = False,
+    axis_names: Sequence[str] = (),
+) -> list[Float[Array, 'assign images _']]:
+    """Codes of this replica's images, from their scores and those of the queue.
+
+    Args:
+      samples: for each head, (A, B, K_h) scores of the crops that get codes.
+      queue_scores, queue, weights, settings, hard_assignment, axis_names: as in `swav_loss`.
+
+    Returns:
+      For each head (A, B, K_h).
+    """
+    if settings.use_double_precision:
+        samples = [s.astype(jnp.float64) for s in samples]
+    num_images, sample_weights = len(weights), weights
+    if queue is not None:
+        dtype = samples[0].dtype
+        old = [q.reshape(len(q), -1, q.shape[-1]).astype(dtype) for q in queue_scores]
+        samples = [jnp.concatenate(pair, axis=1) for pair in zip(samples, old, strict=True)]
+        sample_weights = jnp.append(weights, jnp.where(queue.is_full(), queue.weights, 0.0))
+    codes = sinkhorn_codes(
+        samples,
+        epsilon=settings.epsilon,
+        num_iters=settings.num_iters,
+        weights=sample_weights,
+        powerlaw=settings.shk_powerlaw,
+        axis_names=axis_names,
+    )
+    codes = [c[:, :num_images] for c in codes]
+    return [jnp.where(hard_assignment, harden(c), c) for c in codes]
+
+
+def prediction_loss(
+    scores: Sequence[Float[Array, 'crops images _']],
+    codes: Sequence[Float[Array, 'assign images _']],
+    weights: Float[Array, ' images'],
+    settings: SwAVSettings,
+    *,
+    axis_names: Sequence[str] = (),
+) -> Float[Array, '']:
+    """`swapped_prediction`, averaged over the heads and the images of weight 1.
+
+    The arguments are those of `swav_loss`, with its codes.
+    """
+    losses = [
+        swapped_prediction(
+            s.astype(c.dtype),
+            c,
+            crops_for_assign=settings.crops_for_assign,
+            temperature=settings.temperature,
+        )
+        for s, c in zip(scores, codes, strict=True)
+    ]
+    # The mean over the mesh leaves out images of weight 0, on whichever replica they are.
+    mean_weight = lax.pmean(jnp.mean(weights), axis_names)
+    return jnp.mean(weights * sum(losses) / len(losses)) / jnp.maximum(mean_weight, 1e-12)
+
+
 def swav_loss(
     scores: Sequence[Float[Array, 'crops images _']],
     queue_scores: Sequence[Float[Array, 'assign batches images _']] | None,
@@ -130,40 +195,17 @@ def swav_loss(
     Returns:
       The loss, and for each head the (A, B, K_h) codes of this replica's images.
     """
-    if settings.use_double_precision:
-        scores = [s.astype(jnp.float64) for s in scores]
-    assign, num_images = jnp.asarray(settings.crops_for_assign), len(weights)
-    samples, sample_weights = [s[assign] for s in scores], weights
-    if queue is not None:
-        old = [
-            q.reshape(len(assign), -1, q.shape[-1]).astype(scores[0].dtype) for q in queue_scores
-        ]
-        samples = [jnp.concatenate(pair, axis=1) for pair in zip(samples, old, strict=True)]
-        sample_weights = jnp.append(weights, jnp.where(queue.is_full(), queue.weights, 0.0))
-    codes = sinkhorn_codes(
+    samples = [s[jnp.asarray(settings.crops_for_assign)] for s in scores]
+    codes = swav_codes(
         samples,
-        epsilon=settings.epsilon,
-        num_iters=settings.num_iters,
-        weights=sample_weights,
-        powerlaw=settings.shk_powerlaw,
+        queue_scores,
+        queue,
+        weights,
+        settings,
+        hard_assignment=hard_assignment,
         axis_names=axis_names,
     )
-    codes = [c[:, :num_images] for c in codes]
-    codes = [jnp.where(hard_assignment, harden(c), c) for c in codes]
-
-    losses = [
-        swapped_prediction(
-            s,
-            c,
-            crops_for_assign=settings.crops_for_assign,
-            temperature=settings.temperature,
-        )
-        for s, c in zip(scores, codes, strict=True)
-    ]
-    # The mean over the mesh leaves out images of weight 0, on whichever replica they are.
-    mean_weight = lax.pmean(jnp.mean(weights), axis_names)
-    loss = jnp.mean(weights * sum(losses) / len(losses)) / jnp.maximum(mean_weight, 1e-12)
-    return loss, codes
+    return prediction_loss(scores, codes, weights, settings, axis_names=axis_names), codes
 
 
 def normalize_prototypes(params: dict) -> dict:
@@ -250,33 +292,51 @@ class SwAV(Method):
 
     def init(self, params: Any, batch_stats: Any, sizes: Any) -> tuple[Any, State]:
         """Return parameters with prototypes of length 1, and an empty queue."""
-        queue, batches = None, self.queue_batches(sizes)
-        if batches:
-            kernel = params['head']['prototypes0']['kernel']
-            queue = Queue.empty(
-                len(self._settings.crops_for_assign),
-                batches,
-                sizes.batch_size,
-                kernel.shape[0],
-                kernel.dtype,
-            )
-        return self.after_update(params, State(queue))
+        return self.after_update(params, State(self.empty_queue(params, sizes)))
+
+    def empty_queue(self, params: Any, sizes: Any) -> Queue | None:
+        """Return the queue before the first step, None without one."""
+        batches = self.queue_batches(sizes)
+        if not batches:
+            return None
+        kernel = params['head']['prototypes0']['kernel']
+        assigned = len(self._settings.crops_for_assign)
+        return Queue.empty(assigned, batches, sizes.batch_size, kernel.shape[0], kernel.dtype)
 
     def specs(self, state: State) -> State:
         """Split the queue like the batch."""
-        if state.queue is None:
-            return State(None)
-        return State(Queue(P(None, None, AXES), P(None, AXES), REPLICATED))
+        split = Queue(P(None, None, AXES), P(None, AXES), REPLICATED)
+        return State(None if state.queue is None else split)
 
     def loss(
         self, network: Network, params: Any, outputs: Outputs, batch: Batch, state: State
     ) -> Learned:
         """Compute `swav_loss`, and push the embeddings of the crops with codes into the queue."""
-        queue, queue_scores = state.queue, None
+        codes, queue = self.codes(
+            network, lax.stop_gradient(params), self._chosen(outputs), batch, state.queue
+        )
+        loss = prediction_loss(
+            outputs.scores, codes, batch.weights, self._settings, axis_names=AXES
+        )
+        return Learned(loss, codes, State(queue))
+
+    def codes(
+        self, network: Network, params: Any, chosen: Outputs, batch: Batch, queue: Queue | None
+    ) -> tuple[list[jax.Array], Queue | None]:
+        """Return the codes of the crops that get some, and the queue with their embeddings.
+
+        Args:
+          network: its functions.
+          params: without gradient, of the prototypes that give the codes.
+          chosen: outputs of these crops alone.
+          batch: this device's.
+          queue: this device's share.
+        """
+        queue_scores = None
         if queue is not None:
-            queue_scores = network.score(lax.stop_gradient(params), queue.embeddings)
-        loss, codes = swav_loss(
-            outputs.scores,
+            queue_scores = network.score(params, queue.embeddings)
+        codes = swav_codes(
+            chosen.scores,
             queue_scores,
             queue,
             batch.weights,
@@ -285,21 +345,22 @@ class SwAV(Method):
             axis_names=AXES,
         )
         if queue is not None:
-            embeddings = lax.stop_gradient(self._assigned(outputs.embeddings))
+            embeddings = lax.stop_gradient(chosen.embeddings)
             pushed = queue.push(embeddings.astype(queue.embeddings.dtype), batch.weights)
             fills = batch.step >= self._config.loss.queue.start_iter
             queue = jax.tree.map(lambda new, old: jnp.where(fills, new, old), pushed, queue)
-        return Learned(loss, codes, State(queue))
+        return codes, queue
 
     def health(
         self, outputs: Outputs, learned: Learned, weights: jax.Array
     ) -> dict[str, jax.Array]:
         """Compute `health.health` of the crops that get codes and the first prototype head."""
-        embeddings, scores = self._assigned(outputs.embeddings), self._assigned(outputs.scores[0])
-        return health(learned.loss, embeddings, scores, learned.codes[0], weights)
+        chosen = self._chosen(outputs)
+        return health(learned.loss, chosen.embeddings, chosen.scores[0], learned.codes[0], weights)
 
-    def _assigned(self, x: jax.Array) -> jax.Array:
-        return x[jnp.asarray(self._settings.crops_for_assign)]
+    def _chosen(self, outputs: Outputs) -> Outputs:
+        """The outputs of the crops that get codes."""
+        return jax.tree.map(lambda x: x[jnp.asarray(self._settings.crops_for_assign)], outputs)
 
     def after_update(self, params: Any, state: State) -> tuple[Any, State]:
         """Scale prototypes to length 1 (`config.loss.normalize_last_layer`)."""

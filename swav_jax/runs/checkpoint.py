@@ -127,7 +127,7 @@ class Checkpoints:
         """Read parts of a state without knowing the rest: what an evaluation or an export needs.
 
         Args:
-          parts: names of fields of the state that are nested dicts of arrays, as 'params'.
+          parts: paths in the state to nested dicts of arrays, as 'params' or 'method/params'.
           step: which checkpoint; None is the newest one that loads.
           accept: as in `restore`.
 
@@ -146,7 +146,8 @@ class Checkpoints:
         def choose(step, content):
             accept(content['metadata'])
             self._check_described(step, content)
-            arrays = {n: x for n, x in content['arrays'].items() if n.partition('/')[0] in parts}
+            wanted = tuple(f'{part}/' for part in parts)
+            arrays = {n: x for n, x in content['arrays'].items() if n.startswith(wanted)}
             return description.nested(arrays, _first_device())
 
         return self._newest_that_loads(have if step is None else [step], choose)

@@ -22,15 +22,15 @@ from swav_jax.state import TrainState
 # late to matter (first weights). The rest may change: loss, distortions, precision, length, logs,
 # checkpoints, evaluation, and the batch of a device as long as the global batch stays.
 FIXED = (
-    'global_batch', 'seed', 'init_from', 'init_allow_partial', 'data', 'model', 'optimizer',
-    'train.per_crop_pass',
+    'global_batch', 'seed', 'method', 'init_from', 'init_allow_partial', 'data', 'model',
+    'optimizer', 'train.per_crop_pass',
 )  # fmt: skip
 FREE = ('data.batchsize_per_replica', 'data.max_bad_fraction', 'model.remat')
 AT_START = ('init_from', 'init_allow_partial')  # used at the first start only, also with --force
 # Results of evaluations with other values are not comparable with later ones.
 MEASURED_WITH = (
     'evaluate.train_source', 'evaluate.test_source', 'evaluate.k', 'evaluate.temperature',
-    'evaluate.size', 'evaluate.resize', 'evaluate.feature_grid',
+    'evaluate.size', 'evaluate.resize', 'evaluate.feature_grid', 'evaluate.encoder',
 )  # fmt: skip
 
 

@@ -1,0 +1,264 @@
+"""SwAV with a momentum encoder against VISSL's, over whole trainings."""
+
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from swav_jax import config as settings
+from swav_jax import methods, step
+from swav_jax.methods import swav
+from swav_jax.methods.method import Batch, Network, Outputs
+from swav_jax.methods.swav_momentum import MomentumState
+from swav_jax.models import SwAVNet
+from swav_jax.models.head import SwAVHead
+from swav_jax.models.norm import BatchNorm
+from swav_jax.parallel.layout import Layout
+from swav_jax.parallel.mesh import AXES, make_mesh, put
+from swav_jax.state import TrainState
+
+GOLDEN = np.load(Path(__file__).parent / 'golden' / 'swav_momentum.npz')
+META = json.loads(str(GOLDEN['meta']))
+LOSSES = [name for name, meta in META.items() if meta['kind'] == 'loss']
+TRAJECTORIES = [name for name, meta in META.items() if meta['kind'] == 'trajectory']
+
+
+def make_config(meta):
+    c = settings.default()
+    c.method, c.precision = 'swav_momentum', 'float64'
+    c.data.num_crops, c.data.size_crops = (meta['num_crops'],), (8,)
+    c.data.crop_scales = ((0.2, 1.0),)
+    c.data.batchsize_per_replica = meta['batch_per_replica']
+    c.model.head.num_clusters = tuple(meta['num_prototypes'])
+    c.loss.crops_for_assign = tuple(meta['crops_for_assign'])
+    for name in ('temperature', 'epsilon', 'num_iters'):
+        c.loss[name] = meta[name]
+    c.loss.queue.queue_length = meta['local_queue_length'] * meta['world']
+    c.loss.queue.start_iter = meta['start_iter']
+    for name in ('momentum', 'momentum_eval_mode_iter_start'):
+        c.loss[name] = meta.get(name, c.loss[name])
+    return c
+
+
+def heads_of(case, name):
+    """A head's parameters from the golden prototypes (K, D)."""
+    count = len(META[case]['num_prototypes'])
+    return {
+        f'prototypes{h}': {'kernel': jnp.asarray(GOLDEN[f'{case}/{name}{h}'].T, jnp.float64)}
+        for h in range(count)
+    }
+
+
+def score(params, z):
+    """Scores of embeddings for each head; `params` as of a network."""
+    head = params['head']
+    return tuple(z @ head[name]['kernel'] for name in sorted(head))
+
+
+def stored(case, rows):
+    """The golden queue (world, A, batches × B, D) as ours (A, batches, world × B, D)."""
+    world, assign = META[case]['world'], len(META[case]['crops_for_assign'])
+    queue = GOLDEN[f'{case}/queue'].astype(np.float64)
+    dim = queue.shape[-1]
+    queue = queue.reshape(world, assign, -1, rows, dim).transpose(1, 2, 0, 3, 4)
+    queue = queue.reshape(assign, -1, world * rows, dim)
+    return swav.Queue(queue, np.ones(queue.shape[1:3], np.float32), np.int32(0))
+
+
+def opened(queue):
+    """The queue in use: VISSL's is full of random rows from the start, ours fills first."""
+    return queue._replace(filled=jnp.int32(queue.weights.shape[0]))
+
+
+def shown(queue, world):
+    """Ours as the golden queue."""
+    assign, batches, rows, dim = queue.embeddings.shape
+    x = np.reshape(queue.embeddings, (assign, batches, world, rows // world, dim))
+    return x.transpose(2, 0, 1, 3, 4).reshape(world, assign, -1, dim)
+
+
+@pytest.mark.parametrize('case', LOSSES)
+def test_loss_codes_gradients_and_queue_equal_vissls(case):
+    meta = META[case]
+    with jax.enable_x64(True):
+        _compare_losses(case, meta)
+
+
+def _compare_losses(case, meta):
+    world, rows, count = meta['world'], meta['batch_per_replica'], len(meta['num_prototypes'])
+    mesh = make_mesh({'enabled': True, 'group_size': 0}, jax.devices()[:world])
+    method = methods.make(make_config(meta))
+    queue = stored(case, rows) if meta['local_queue_length'] else None
+    own = {'head': heads_of(case, 'momentum_prototypes')}
+    specs = method.specs(MomentumState(own, {}, queue))
+
+    def replica(embeddings, seen, params, state, number):
+        embeddings, seen = embeddings[0], seen[0]
+        network = Network(lambda *_: (Outputs(seen, score(own, seen)), {}), score)
+        batch = Batch(number, lax.pcast(jnp.ones(rows, jnp.float32), AXES, to='varying'), {})
+
+        def loss_of(embeddings, params):
+            outputs = Outputs(embeddings, score(params, embeddings))
+            learned = method.loss(network, params, outputs, batch, state)
+            return learned.loss, learned
+
+        params = lax.pcast(params, AXES, to='varying')
+        grads, learned = jax.grad(loss_of, (0, 1), has_aux=True)(embeddings, params)
+        of_params = lax.pmean(grads[1], AXES)
+        codes = [c[None] for c in learned.codes]
+        return learned.loss[None], codes, grads[0][None], of_params, learned.state
+
+    split = P(AXES)
+    run = jax.jit(
+        jax.shard_map(
+            replica,
+            mesh=mesh,
+            in_specs=(split, split, P(), specs, P()),
+            out_specs=(split, split, split, P(), specs),
+        )
+    )
+    state, params = MomentumState(own, {}, queue), {'head': heads_of(case, 'prototypes')}
+    several = meta['steps'] > 1
+    for t in range(meta['steps']):
+
+        def given(name, t=t):
+            found = GOLDEN[f'{case}/{name}']
+            return found[t] if several else found
+
+        if queue is not None and t == meta['start_iter']:
+            state = state._replace(queue=opened(state.queue))
+        inputs = (given(name).astype(np.float64) for name in ('embeddings', 'momentum_embeddings'))
+        loss, codes, of_embeddings, of_params, state = run(*inputs, params, state, jnp.int32(t))
+        check = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+        check(loss, given('loss'))
+        check(of_embeddings, given('grad_embeddings'))
+        for h in range(count):
+            check(codes[h], given(f'assignments{h}'))
+            check(of_params['head'][f'prototypes{h}']['kernel'].T, given(f'grad_prototypes{h}'))
+        if queue is not None:
+            check(shown(state.queue, world), given('queue_after'))
+
+
+class Layer(nn.Module):
+    """The golden trunk: linear, BatchNorm, ReLU."""
+
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.Dense(16, dtype=jnp.float64, param_dtype=jnp.float64, name='linear')(x)
+        return nn.relu(self.norm(name='bn')(x, train))
+
+
+NAMES = {
+    'trunk.0': ('trunk', 'linear'),
+    'trunk.1': ('trunk', 'bn'),
+    'projection_head.0': ('head', 'linear0'),
+    'projection_head.1': ('head', 'bn0'),
+    'projection_head.3': ('head', 'linear1'),
+}
+KINDS = {
+    'weight': ('params', 'kernel'),
+    'bias': ('params', 'bias'),
+    'running_mean': ('batch_stats', 'mean'),
+    'running_var': ('batch_stats', 'var'),
+}
+
+
+def ours(tensors):
+    """Our variables from PyTorch's tensors by name."""
+    found = {'params': {}, 'batch_stats': {}}
+    for name, value in tensors.items():
+        module, _, kind = name.rpartition('.')
+        collection, leaf = KINDS[kind]
+        if leaf == 'kernel' and value.ndim == 1:
+            leaf = 'scale'
+        part, layer = NAMES.get(module, ('head', module))
+        where = found[collection].setdefault(part, {}).setdefault(layer, {})
+        where[leaf] = value.T if value.ndim == 2 else value
+    return found
+
+
+def tensors(case, name, t=None):
+    prefix = f'{case}/{name}/'
+    found = {key.removeprefix(prefix): GOLDEN[key] for key in GOLDEN if key.startswith(prefix)}
+    return {key: x if t is None else x[t] for key, x in found.items()}
+
+
+def build(meta, **axes):
+    norm = partial(BatchNorm, dtype=jnp.float64, **axes)
+    head = SwAVHead(
+        dims=(meta['widths'][-1], meta['embedding_dim']),
+        num_clusters=tuple(meta['num_prototypes']),
+        use_bn=True,
+        use_bias=True,
+        skip_last_bn=True,
+        normalize_feats=True,
+        activation_name='relu',
+        weight_norm_prototypes=False,
+        norm=norm,
+        dtype=jnp.float64,
+    )
+    return SwAVNet(Layer(norm), head)
+
+
+@pytest.mark.parametrize(
+    ('devices', 'micro_batches', 'sharding'),
+    [(1, 1, 'replicated'), (4, 1, 'replicated'), (4, 1, 'zero')],
+)
+@pytest.mark.parametrize('case', TRAJECTORIES)
+def test_training_equals_vissls(case, devices, micro_batches, sharding):
+    with jax.enable_x64(True):
+        _compare_trainings(case, devices, micro_batches, sharding)
+
+
+def _compare_trainings(case, devices, micro_batches, sharding):
+    meta = META[case]
+    config = make_config(meta)
+    config.train.micro_batches = micro_batches
+    mesh = make_mesh(config.model.sync_bn, jax.devices()[:devices])
+    method, rows = methods.make(config), meta['batch_per_replica']
+    variables = ours(tensors(case, 'params0'))
+    sizes = SimpleNamespace(batch_size=rows)
+    params, own = method.init(variables['params'], variables['batch_stats'], sizes)
+    tx = optax.sgd(meta['lr'], meta['sgd_momentum'])
+    state = TrainState(
+        step=jnp.int32(0),
+        failed=jnp.array(False),
+        params=params,
+        batch_stats=variables['batch_stats'],
+        opt_state=tx.init(params),
+        method=own,
+        loss_scale=None,
+    )
+    if own.queue is not None:
+        state = state.replace(method=own._replace(queue=stored(case, rows)))
+    net = build(meta, axis_names=('member',), mesh_axes=AXES)
+    layout = Layout(mesh, state, sharding, method.specs(own), micro_batches)
+    update = jax.jit(partial(step.update, net, tx, config, layout))
+    state = layout.spread(put(mesh, jax.device_get(state)))
+    check = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
+
+    for t in range(meta['steps']):
+        if own.queue is not None and t == meta['start_iter']:
+            state = state.replace(method=state.method._replace(queue=opened(state.method.queue)))
+        inputs = [GOLDEN[f'{case}/inputs'][t].astype(np.float64)]
+        state, metrics = update(state, inputs, np.ones(rows, np.float32))
+        check(metrics['loss'], GOLDEN[f'{case}/losses'][t])
+        whole = layout.gather(state)
+        if t + 1 < meta['steps']:
+            jax.tree.map(check, whole.params, ours(tensors(case, 'params', t + 1))['params'])
+        if own.queue is not None:
+            check(shown(whole.method.queue, 1)[0], GOLDEN[f'{case}/queue_after'][t])
+    for encoder, name in (('network', 'params_end'), ('momentum', 'momentum_end')):
+        jax.tree.map(check, whole.variables(encoder), ours(tensors(case, name)))
