@@ -15,9 +15,9 @@ Words after a colon, as configs/swav_r50.py:800 or configs/swav_r50.py:200,2x160
   crops    2x224+6x96 (default), 2x224+4x96, 2x160+4x96, 2x224, 6x160
   head     head3 (one layer more), head4096 (hidden layer of 4096), proto16k (SEER's, 16,000
            prototypes)
-  GPUs     1gpu, 8gpu: the batch of 4,096 and the BatchNorm groups of 512 images that VISSL has on
-           64 GPUs, by micro-batches (config.train.micro_batches); 1gpu computes activations again
-           (config.model.remat) and fits 80 GB, with --config.precision=bfloat16 40 GB
+  GPUs     1gpu, 2gpu, 4gpu, 8gpu, 16gpu, 32gpu, 64gpu: for exactly so many, VISSL's batch of 4,096
+           images and its BatchNorm groups of 512 (config.train.micro_batches). 1gpu and 2gpu
+           compute activations again (config.model.remat)
 
 The learning rate follows the batch size: 4.8 at the peak for 4,096 images, 0.3 per 256.
 """

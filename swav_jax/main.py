@@ -73,7 +73,8 @@ def _train(flags: argparse.Namespace, signals: Signals) -> int:
         rows = flags.config.data.batchsize_per_replica
         raise UserError(
             f'the devices have too little memory ({cli.first_line(error)}): divide '
-            f'config.data.batchsize_per_replica={rows} and multiply config.train.micro_batches, '
+            f'config.data.batchsize_per_replica={rows} and multiply config.train.micro_batches '
+            '(BatchNorm then takes its statistics over fewer images), '
             "or use config.model.remat='block', config.precision='bfloat16' or "
             "config.sharding='zero'; --plan --memory=SIZE proposes numbers"
         ) from error

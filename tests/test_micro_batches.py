@@ -44,6 +44,12 @@ def train(devices, micro_batches, group_size, **changes):
         pytest.param(
             (1, 4),
             (4, 1),
+            {'method': 'swav_momentum', 'loss.momentum_eval_mode_iter_start': 2, **HEADS},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            (1, 4),
+            (4, 1),
             {'model.remat': 'block', 'model.trunk.width_multiplier': 0.125},
             marks=pytest.mark.slow,
         ),

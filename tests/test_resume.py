@@ -131,6 +131,8 @@ def test_the_rest_may_change():
             'evaluate.train_source': 'demo',
             'data.batchsize_per_replica': 32,
             'precision': 'bfloat16',
+            'train.micro_batches': 4,
+            'model.sync_bn.group_size': 8,
         }
     )
     check_config(about(config), about(default()))

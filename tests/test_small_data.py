@@ -52,6 +52,20 @@ def test_larger_sets_get_more_prototypes_and_fewer_epochs():
     assert [c.model.trunk.depth for c in sets] == [18, 18, 50, 50]
 
 
+@pytest.mark.parametrize(
+    ('name', 'words', 'rows'), [('own_images', '1', 64), ('small_images', 'cpu', 64)]
+)
+def test_micro_batches_of_the_same_batch_are_the_same_recipe(name, words, rows):
+    def chosen(turns):
+        batch = dict(train__micro_batches=turns, data__batchsize_per_replica=rows // turns)
+        config = recipe(name, words, data__limit=100_000, **batch).unlock()
+        config.train.micro_batches, config.data.batchsize_per_replica = 1, rows
+        del config.choices
+        return settings.to_dict(config)
+
+    assert chosen(4) == chosen(1)
+
+
 def test_a_default_on_the_command_line_is_a_choice_too():
     config = recipe('own_images', '1', data__limit=100_000, model__head__num_clusters='(3000,)')
     assert config.loss.queue.queue_length == 3008

@@ -1,6 +1,7 @@
-"""SwAV with a momentum encoder against VISSL's, over whole trainings."""
+"""SwAV with a momentum encoder against VISSL's, over whole trainings; either encoder in use."""
 
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,14 @@ import optax
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
+from processes import TINY
+from small_run import random_variables, write_run
 
+from swav_jax import commands, methods, models, step
 from swav_jax import config as settings
-from swav_jax import methods, step
+from swav_jax.config.file import load_config
+from swav_jax.errors import UserError
+from swav_jax.evaluate.model import load, load_weights
 from swav_jax.methods import swav
 from swav_jax.methods.method import Batch, Network, Outputs
 from swav_jax.methods.swav_momentum import MomentumState
@@ -25,6 +31,7 @@ from swav_jax.models.head import SwAVHead
 from swav_jax.models.norm import BatchNorm
 from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import AXES, make_mesh, put
+from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.state import TrainState
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'swav_momentum.npz')
@@ -262,3 +269,51 @@ def _compare_trainings(case, devices, micro_batches, sharding):
             check(shown(whole.method.queue, 1)[0], GOLDEN[f'{case}/queue_after'][t])
     for encoder, name in (('network', 'params_end'), ('momentum', 'momentum_end')):
         jax.tree.map(check, whole.variables(encoder), ours(tensors(case, name)))
+
+
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """The folder of a run whose encoders differ in every number."""
+    workdir = tmp_path_factory.mktemp('run')
+    config = load_config(TINY)
+    config.method = 'swav_momentum'
+    net = models.build(config.model, channels=1)
+    network = random_variables(net, 16, 1)
+    encoder = jax.tree.map(lambda x: x + 1, network)
+    state = network | {'method': encoder | {'queue': {'filled': np.int32(0)}}}
+    with closing(Checkpoints(workdir / 'checkpoints')) as checkpoints:
+        checkpoints.save(3, jax.device_put(state), {'config': settings.to_dict(config)})
+    return workdir
+
+
+@pytest.mark.parametrize(('encoder', 'more'), [('network', 0.0), ('momentum', 1.0)])
+def test_either_encoder_is_evaluated_and_exported(workdir, tmp_path, encoder, more):
+    network = load(workdir)
+    model = load(workdir, changes=[('config.evaluate.encoder', encoder)])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b + more, rtol=1e-6),
+        model.variables,
+        network.variables,
+    )
+    argv = ['export', f'--workdir={workdir}', f'--out={tmp_path / "x.pth"}', '--layout=vissl']
+    assert commands.main([*argv, f'--encoder={encoder}']) == 0
+    written = load_weights(tmp_path / 'x.pth', model.config)
+    jax.tree.map(np.testing.assert_array_equal, written.variables, model.variables)
+
+
+def test_what_the_method_does_not_use_is_refused(workdir, tmp_path, capsys):
+    for changes, message in (
+        ({'loss.momentum': 0.9}, 'config.loss.momentum=0.9 is a setting of config.method=swav_mom'),
+        ({'evaluate.encoder': 'momentum'}, 'config.evaluate.encoder=momentum is a setting of'),
+    ):
+        config = settings.default()
+        config.update_from_flattened_dict(changes)
+        with pytest.raises(UserError, match=message):
+            settings.validate(config)
+        config.method = 'swav_momentum'
+        settings.validate(config)
+    plain = tmp_path / 'plain'
+    write_run(plain)
+    argv = ['export', f'--workdir={plain}', f'--out={tmp_path / "x.pth"}', '--encoder=momentum']
+    assert commands.main(argv) == 2
+    assert 'this run has no momentum encoder' in capsys.readouterr().err

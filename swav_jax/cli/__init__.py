@@ -161,7 +161,7 @@ def size(text: str) -> float:
     bytes_of = _checked(
         lambda _: float(number) * units[unit],
         lambda x: 1e6 <= x <= 1e15,
-        'a size from 1MB on, as 80GB or 24GiB',
+        'a size in MB, MiB, GB or GiB, from 1MB to 1000000GB, as 80GB',
     )
     return bytes_of(text)
 

@@ -31,7 +31,7 @@ def proposal(
     changed = config.copy_and_resolve_references()
     for turns in (n for n in range(1, own + 1) if own % n == 0):
         # A trace takes many seconds: only of what may fit by the last one.
-        if turns < own and estimate(found, rows, own // turns) > usable:
+        if 1 < turns < own and estimate(found, rows, own // turns) > usable:
             continue
         if own // turns != rows:
             rows = own // turns

@@ -135,7 +135,7 @@ def describe(
         ('kept for backward', found.kept),
         ('outputs', found.outputs),
         ('batch and crops', found.canvases + found.crops),
-        *found.method.items(),
+        *((f'method, {name}', part) for name, part in found.method.items()),
     ):
         if value:
             yield f'  {label}', size(value)

@@ -74,6 +74,12 @@ def replay(folder: Path) -> dict[str, float]:
             f'{mesh.size} devices make a batch of {sizes.batch_size}, the step had one of '
             f'{about["global_batch"]}: use as many devices as the run did'
         )
+    group_images = mesh.shape['member'] * config.data.batchsize_per_replica
+    if about.get('group_images', group_images) != group_images:
+        raise UserError(
+            f'a BatchNorm group has {group_images} images here and had {about["group_images"]} in '
+            'the run: use as many devices and processes as the run did'
+        )
     net, tx, layout, _ = make_state(config, sizes, make_schedule(config, sizes), mesh)
     restored = checkpoints.restore(layout.whole())
     checkpoints.close()

@@ -38,7 +38,6 @@ class Sizes:
     """The numbers of a run that follow from its settings, its devices and its data."""
 
     num_images: int
-    num_replicas: int  # devices × micro-batches
     batch_size: int  # of all replicas together
     steps_per_epoch: int  # whole batches only
     total_steps: int  # of the schedule: all epochs
@@ -79,7 +78,6 @@ def sizes(config: ConfigDict, *, num_images: int, num_devices: int) -> Sizes:
         )
     return Sizes(
         num_images=num_images,
-        num_replicas=num_replicas,
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,

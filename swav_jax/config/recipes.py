@@ -26,9 +26,18 @@ CROPS = {
     '6x160': ((6,), (160,), ((0.14, 1.0),)),
 }
 
-# VISSL's 64 replicas of 64 images on fewer GPUs, with its BatchNorm groups of 512 images:
+# VISSL's 64 replicas of 64 images on so many GPUs, with its BatchNorm groups of 512 images:
 # micro-batches, images of each, GPUs of a group, what is computed again to save memory.
-GPUS = {'': None, '1gpu': (8, 512, 1, 'block'), '8gpu': (8, 64, 8, 'none')}
+GPUS = {
+    '': None,
+    '1gpu': (8, 512, 1, 'block'),
+    '2gpu': (8, 256, 2, 'block'),
+    '4gpu': (8, 128, 4, 'none'),
+    '8gpu': (8, 64, 8, 'none'),
+    '16gpu': (4, 64, 8, 'none'),
+    '32gpu': (2, 64, 8, 'none'),
+    '64gpu': (1, 64, 8, 'none'),
+}
 
 # One more layer, a hidden layer of 4096, and SEER's head with 16,000 prototypes.
 HEADS = ('head3', 'head4096', 'proto16k')
@@ -80,7 +89,7 @@ def imagenet(
 
 
 def on_gpus(arg: str) -> ConfigDict:
-    """`imagenet`, with words that choose the number of GPUs (`GPUS`) for its batch of 4,096."""
+    """`imagenet`, with words for the number of GPUs (`GPUS`) that compute its 4,096 images."""
     (_, numbers), arg = choose(arg, GPUS, '')
     config = imagenet(arg)
     if numbers is not None:

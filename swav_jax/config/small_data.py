@@ -115,7 +115,7 @@ def choose_training(
       choose: gets the choices.
       num_images: of the run.
       devices: of the run.
-      batch: images a device and step, if there are enough.
+      batch: images of a replica, if there are enough.
       images_seen: in the whole run, within `epochs`.
       epochs: least and largest number.
       base_value: learning rate of AdamW for 256 images.
@@ -130,16 +130,17 @@ def choose_training(
         )
     if not choose.given.data.source:
         choose.note('data.source', f'no images are named: the rest is for {num_images:,} of them')
-    in_all = batch * devices.replicas
+    replicas = devices.replicas * choose.given.train.micro_batches
+    in_all = batch * replicas
     while batch > 1 and in_all > LEAST_BATCH and 4 * in_all > num_images:
         batch //= 2
-        in_all = batch * devices.replicas
+        in_all = batch * replicas
     batch = choose(
         'data.batchsize_per_replica',
         batch,
-        f'a device; {in_all:,} in all on {devices}, {num_images // in_all:,} steps an epoch',
+        f'a replica; {in_all:,} in all on {devices}, {num_images // in_all:,} steps an epoch',
     )
-    in_all = batch * devices.replicas
+    in_all = batch * replicas
     few = num_images < 600
     clusters = choose(
         'model.head.num_clusters',

@@ -84,7 +84,8 @@ def _check_memory(data: Any, micro_batches: int) -> None:
     for name, values in (('canvas_size', canvases), ('size_crops', 4 * crops)):
         needed = data.batchsize_per_replica * data.channels * values
         if needed > MOST_BATCH_BYTES:
-            turns = f', config.train.micro_batches={micro_batches}' * (values == canvases)
+            of_all = name == 'canvas_size' and micro_batches > 1
+            turns = f', config.train.micro_batches={micro_batches}' * of_all
             raise UserError(
                 f'config.data.batchsize_per_replica={data.batchsize_per_replica}{turns} with '
                 f'config.data.{name}={data[name]} and config.data.channels={data.channels} takes '

@@ -231,9 +231,9 @@ def _crops(
     bad = BadImages(source, out / 'bad_images.txt', data.max_bad_fraction)
 
     def batches():
-        share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+        rows = np.arange(batch_size).reshape(jax.process_count(), -1)[jax.process_index()]
         for batch in pipeline.train_batches(
-            source, data, seed=seed, global_batch=batch_size, first_step=first, **share
+            source, data, seed=seed, global_batch=batch_size, first_step=first, rows=rows
         ):
             for name in bad.update(batch['index'], batch['weight']):
                 command.say([f'cannot be read, does not count: {name}'])

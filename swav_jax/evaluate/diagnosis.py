@@ -87,6 +87,12 @@ def is_long_enough(rows: Sequence[Row], config: Mapping[str, Any]) -> bool:
     return _Run(rows, (), {}, config, None).learned
 
 
+def images_of_a_device(config: Mapping[str, Any]) -> int:
+    """Images that a device has of each batch, from the settings of a run of any version."""
+    turns = config.get('train', {}).get('micro_batches', 1)
+    return turns * config['data']['batchsize_per_replica']
+
+
 @dataclass(frozen=True)
 class _Run:
     """What signs are read from; see `findings`."""
@@ -121,8 +127,7 @@ class _Run:
     @property
     def usual(self) -> float:
         """Prototypes that a batch uses if each image picks one at random."""
-        # The batch of a device is a lower bound of the batch.
-        images = self.batch or self.config['data']['batchsize_per_replica']
+        images = self.batch or images_of_a_device(self.config)  # which is a lower bound
         return -self.prototypes * math.expm1(-images / self.prototypes)
 
     def points(self, name: str, first: float = 0, last: float = math.inf) -> list[tuple]:
@@ -212,7 +217,7 @@ def _too_many(run: _Run) -> Iterator[Finding]:
             f'{samples:,} images (batch and queue) share {run.prototypes:,} prototypes in equal '
             f'parts, more than {most} for each image',
             f'use at most {most * samples:,} prototypes (config.model.head.num_clusters), a '
-            'larger batch (config.data.batchsize_per_replica), or a queue '
+            'larger batch (config.train.micro_batches), or a queue '
             '(config.loss.queue.queue_length)',
         )
 

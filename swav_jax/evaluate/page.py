@@ -82,8 +82,8 @@ def diagnose(
         return {}
     steps, batch = reference.steps_per_epoch(rows), None
     if images and steps:
-        per_replica = config['data']['batchsize_per_replica']
-        batch = max(images // steps // per_replica, 1) * per_replica
+        of_one = diagnosis.images_of_a_device(config)
+        batch = max(images // steps // of_one, 1) * of_one
     content = {
         'findings': diagnosis.findings(rows, events, summary, config, batch),
         'is_long_enough': diagnosis.is_long_enough(rows, config),

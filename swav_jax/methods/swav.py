@@ -391,8 +391,8 @@ class SwAV(Method):
             yield (
                 f'{batch * (1 + batches):,} images (batch and queue) share {prototypes:,} '
                 f'prototypes, more than the {most:,} that they can fill: set '
-                f'config.loss.queue.queue_length={queue} with a late start_iter, use more devices '
-                'or fewer config.model.head.num_clusters'
+                f'config.loss.queue.queue_length={queue} with a late start_iter, use more '
+                'config.train.micro_batches or devices, or fewer config.model.head.num_clusters'
             )
         full = self._config.loss.queue.start_iter + batches
         if batches and full >= sizes.last_step:

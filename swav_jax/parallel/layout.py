@@ -48,7 +48,6 @@ class Layout:
     ):
         self.mesh = mesh
         self._zero, self._turns = sharding == 'zero', (mesh.size, micro_batches)
-        self._as_saved = not self._zero and 1 in self._turns
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
         self.specs = jax.tree.map(lambda _: REPLICATED, shapes).replace(method=method)
         if self._zero:
@@ -59,6 +58,7 @@ class Layout:
         self._whole = jax.tree.map(lambda spec: NamedSharding(mesh, spec), whole)
         self._spread = jax.jit(self.pad, out_shardings=self.shardings)
         self._gather = jax.jit(self._cut, out_shardings=self._whole)
+        self._gather_method = jax.jit(self._to_replicas, out_shardings=self._whole.method)
 
     def pad(self, state: Any) -> Any:
         """Pad the arrays of a whole state with zeros to lengths that the devices divide.
@@ -87,7 +87,11 @@ class Layout:
 
     def gather(self, state: Any) -> Any:
         """Undo `spread`: parameters and the optimizer's state are whole on every device."""
-        return state if self._as_saved else self._gather(state)
+        if self._zero:
+            return self._gather(state)
+        if 1 in self._turns or not any(AXES in spec for spec in jax.tree.leaves(self.specs.method)):
+            return state
+        return state.replace(method=self._gather_method(state.method))
 
     def whole(self) -> Any:
         """Shapes and shardings of the state that `gather` returns."""
@@ -140,14 +144,16 @@ class Layout:
         return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
 
     def _cut(self, state: Any) -> Any:
-        method = jax.tree.map(
-            lambda x, spec: to_replicas(x, spec, *self._turns), state.method, self.specs.method
-        )
-        if not self._zero:
-            return state.replace(method=method)
         opt_state = jax.tree.map(_cut, state.opt_state, self._shapes.opt_state)
         return state.replace(
-            params=self.cut_params(state.params), opt_state=opt_state, method=method
+            params=self.cut_params(state.params),
+            opt_state=opt_state,
+            method=self._to_replicas(state.method),
+        )
+
+    def _to_replicas(self, method: Any) -> Any:
+        return jax.tree.map(
+            lambda x, spec: to_replicas(x, spec, *self._turns), method, self.specs.method
         )
 
 

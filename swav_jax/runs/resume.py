@@ -25,7 +25,7 @@ FIXED = (
     'global_batch', 'seed', 'method', 'init_from', 'init_allow_partial', 'data', 'model',
     'optimizer', 'train.per_crop_pass',
 )  # fmt: skip
-FREE = ('data.batchsize_per_replica', 'data.max_bad_fraction', 'model.remat')
+FREE = ('data.batchsize_per_replica', 'data.max_bad_fraction', 'model.remat', 'model.sync_bn')
 AT_START = ('init_from', 'init_allow_partial')  # used at the first start only, also with --force
 # Results of evaluations with other values are not comparable with later ones.
 MEASURED_WITH = (
@@ -150,7 +150,7 @@ def restore(
     if then != now['group_images']:
         said.append(
             f'a BatchNorm group has {now["group_images"]} images, {then} before, so losses differ: '
-            'config.model.sync_bn.group_size × config.data.batchsize_per_replica keeps them'
+            'it is config.model.sync_bn.group_size × config.data.batchsize_per_replica'
         )
     used = copy.deepcopy(config)
     for name in AT_START:
