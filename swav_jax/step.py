@@ -80,15 +80,13 @@ def update(
       the state before it can be written.
     """
     specs, method = layout.specs, methods.make(config)
-    own = method.before_step(state.step, layout.cut_params(state.params), state.method)
     learned = jax.shard_map(
         functools.partial(learn, net, config, layout),
         mesh=layout.mesh,
         in_specs=(specs.replace(opt_state=None), images_spec(images), BATCH),
         out_specs=(specs.params, specs.batch_stats, specs.method, P()),
     )
-    begun = state.replace(method=own, opt_state=None)
-    grads, batch_stats, own, metrics = learned(begun, images, weights)
+    grads, batch_stats, own, metrics = learned(begin(config, layout, state), images, weights)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = layout.cut_params(optax.apply_updates(state.params, updates))
@@ -112,6 +110,14 @@ def update(
     metrics['finite'] = sound & ~state.failed
     new, failed = new.replace(step=state.step + 1), state.replace(failed=jnp.array(True))
     return _choose(metrics['finite'], new, failed), metrics
+
+
+def begin(config: Any, layout: Layout, state: TrainState) -> TrainState:
+    """The state with which a step's forward pass begins, without the optimizer's."""
+    own = methods.make(config).before_step(
+        state.step, layout.cut_params(state.params), state.method
+    )
+    return state.replace(method=own, opt_state=None)
 
 
 def learn(

@@ -44,9 +44,10 @@ def bad_batches(epochs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('turns', [1, 2])
-def test_a_step_that_is_not_finite_is_dumped_and_replayed(flags, turns, tmp_path):
+@pytest.mark.parametrize(('method', 'turns'), [('swav', 1), ('swav_momentum', 2)])
+def test_a_step_that_is_not_finite_is_dumped_and_replayed(flags, method, turns, tmp_path):
     halves = (
+        f'--config.method={method}',
         f'--config.train.micro_batches={turns}',
         f'--config.data.batchsize_per_replica={BATCH // turns}',
     )

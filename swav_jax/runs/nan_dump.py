@@ -20,7 +20,7 @@ from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import AXES, BATCH
 from swav_jax.runs.checkpoint import Checkpoints
 from swav_jax.state import TrainState
-from swav_jax.step import crops_of, objective
+from swav_jax.step import begin, crops_of, objective
 
 MOST_CROPPED = 64  # images whose crops are written; a replay cuts the others again
 
@@ -104,7 +104,7 @@ def _look(
         mesh=layout.mesh,
         in_specs=(layout.specs.replace(opt_state=None), BATCH),
         out_specs=P(None, AXES),
-    )(state.replace(opt_state=None), batch)
+    )(begin(config, layout, state), batch)
     first = {name: x[:MOST_CROPPED] for name, x in batch.items()}
     return found | {f'crops{i}': x for i, x in enumerate(crops_of(config, first))}
 
