@@ -30,8 +30,8 @@ def proposal(
     own = sizes.batch_size // mesh.size
     changed = config.copy_and_resolve_references()
     for turns in (n for n in range(1, own + 1) if own % n == 0):
-        # A trace takes many seconds: only of what may fit by the last one.
-        if 1 < turns < own and estimate(found, rows, own // turns) > usable:
+        # A trace takes many seconds: only of what may fit.
+        if turns < own and least(found, rows, own // turns) > usable:
             continue
         if own // turns != rows:
             rows = own // turns
@@ -55,9 +55,10 @@ def proposal(
     yield f'  BatchNorm over {members * rows:,} images, {of_one}'
 
 
-def estimate(found: Cost, rows: int, rows_then: int) -> float:
-    """About the bytes of as many micro-batches of other `rows_then`, from the cost with `rows`."""
-    return found.memory + (found.kept + found.crops) * (rows_then / rows - 1)
+def least(found: Cost, rows: int, rows_then: int) -> float:
+    """Bytes that micro-batches of `rows_then` take at least, from the cost of those of `rows`."""
+    of_several = found.outputs + found.gradients / 2  # what a batch at once does not have
+    return found.memory - of_several + (found.kept + found.crops) * (rows_then / rows - 1)
 
 
 def size(count: float) -> str:
