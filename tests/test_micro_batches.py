@@ -38,7 +38,6 @@ def train(devices, micro_batches, group_size, **changes):
     [
         ((1, 4), (4, 1), {}),
         ((2, 4), (8, 1), {'model.sync_bn.group_size': 2, **HEADS}),
-        pytest.param((4, 2), (8, 1), {'model.sync_bn.group_size': 4}, marks=pytest.mark.slow),
         pytest.param((2, 2), (4, 1), {'sharding': 'zero', **HEADS}, marks=pytest.mark.slow),
         pytest.param((2, 2), (4, 1), {'train.per_crop_pass': True}, marks=pytest.mark.slow),
         pytest.param(
