@@ -17,6 +17,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook(
     [
+        'swav_jax.methods.queue',
         'swav_jax.methods.sinkhorn',
         'swav_jax.methods.swav',
         'swav_jax.optim',

@@ -1,4 +1,4 @@
-"""SwAV: the swapped prediction loss, the queue, the prototypes, and the method.
+"""SwAV: the swapped prediction loss, the prototypes, and the method.
 
 Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments"
 (arXiv 2006.09882), as VISSL computes it. Letters: V crops of B images, A of them assigned to codes,
@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from swav_jax.errors import UserError, refusal
 from swav_jax.methods.health import health
 from swav_jax.methods.method import Batch, Learned, Method, Network, Outputs
+from swav_jax.methods.queue import Queue
 from swav_jax.methods.sinkhorn import harden, sinkhorn_codes
 from swav_jax.parallel.mesh import AXES, REPLICATED
 from swav_jax.precision import need_float64
@@ -55,43 +56,6 @@ def swapped_prediction(
     log_p_others = jnp.sum(log_p, 0) - log_p[jnp.asarray(crops_for_assign)]
     num_pairs = len(crops_for_assign) * (scores.shape[0] - 1)
     return -jnp.sum(codes * log_p_others, axis=(0, 2)) / num_pairs
-
-
-class Queue(NamedTuple):
-    """Embeddings of the last S global batches, newest first: more samples for Sinkhorn.
-
-    The images of a batch keep their place along axis 2. With this axis sharded like the batch, each
-    replica holds the embeddings that it computed, on any number of devices.
-    """
-
-    embeddings: Float[Array, 'assign batches images dim']
-    weights: Float[Array, 'batches images']  # as in `sinkhorn_codes`; 0 where nothing is stored
-    filled: Int[Array, '']  # number of stored batches, at most S
-
-    @classmethod
-    def empty(cls, num_assign: int, num_batches: int, num_images: int, dim: int, dtype=jnp.float32):
-        """An empty queue."""
-        return cls(
-            jnp.zeros((num_assign, num_batches, num_images, dim), dtype),
-            jnp.zeros((num_batches, num_images), jnp.float32),
-            jnp.zeros((), jnp.int32),
-        )
-
-    def is_full(self) -> Bool[Array, '']:
-        """Whether the queue is used; in half a queue a few old images would weigh too much."""
-        return self.filled == self.weights.shape[0]
-
-    def push(
-        self,
-        embeddings: Float[Array, 'assign images dim'],
-        weights: Float[Array, ' images'],
-    ) -> 'Queue':
-        """The queue with this batch in front and its oldest batch dropped."""
-        return Queue(
-            jnp.concatenate([embeddings[:, None], self.embeddings[:, :-1]], axis=1),
-            jnp.concatenate([weights[None], self.weights[:-1]]),
-            jnp.minimum(self.filled + 1, self.weights.shape[0]),
-        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from swav_jax.methods.method import Batch, Learned, Network, Outputs
-from swav_jax.methods.swav import Queue, State, SwAV, normalize_prototypes, prediction_loss
+from swav_jax.methods.queue import Queue
+from swav_jax.methods.swav import State, SwAV, normalize_prototypes, prediction_loss
 from swav_jax.parallel.mesh import AXES, REPLICATED
 
 
