@@ -49,7 +49,11 @@ def train(devices, micro_batches, group_size, **changes):
         pytest.param(
             (1, 4),
             (4, 1),
-            {'model.remat': 'block', 'model.trunk.width_multiplier': 0.125},
+            {
+                'model.remat': 'block',
+                'model.trunk.depth': 10,
+                'model.trunk.width_multiplier': 0.125,
+            },
             marks=pytest.mark.slow,
         ),
     ],
