@@ -16,6 +16,7 @@ from swav_jax.data import sources
 from swav_jax.errors import UserError
 from swav_jax.evaluate import extraction, logistic, online
 from swav_jax.parallel.mesh import make_mesh
+from swav_jax.state import TrainState
 
 ALL = tuple(online.EVALUATIONS)
 
@@ -32,7 +33,8 @@ def config():
 
 @pytest.fixture(scope='module')
 def state(config):
-    return types.SimpleNamespace(**random_variables(build(config), 16, 3))
+    rest = dict.fromkeys(('step', 'failed', 'opt_state', 'method', 'loss_scale'))
+    return TrainState(**random_variables(build(config), 16, 3), **rest)
 
 
 @pytest.fixture

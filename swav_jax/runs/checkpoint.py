@@ -147,7 +147,7 @@ class Checkpoints:
             accept(content['metadata'])
             self._check_described(step, content)
             wanted = tuple(f'{part}/' for part in parts)
-            arrays = {n: x for n, x in content['arrays'].items() if n.startswith(wanted)}
+            arrays = {n: x for n, x in content['arrays'].items() if f'{n}/'.startswith(wanted)}
             return description.nested(arrays, _first_device())
 
         return self._newest_that_loads(have if step is None else [step], choose)
