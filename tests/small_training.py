@@ -74,6 +74,12 @@ def start(c, devices, *, rate=0.1, dtype=jnp.float32, queue_batches=0, batch=16)
     return layout, net, tx, layout.spread(put(mesh, jax.device_get(state)))
 
 
+def state_of(variables):
+    """A state with the variables of a network, for what evaluates it."""
+    rest = dict.fromkeys(('step', 'failed', 'opt_state', 'method', 'loss_scale'))
+    return step.TrainState(**variables, **rest)
+
+
 def make_update(c, layout, net, tx):
     """The compiled update from crops (per group (n, B, S, S, C)) and weights (B,)."""
     return jax.jit(partial(step.update, net, tx, c, layout))

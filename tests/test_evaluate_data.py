@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_run import random_variables
-from small_training import build, small_config
+from small_training import build, small_config, state_of
 
 from swav_jax.data import sources
 from swav_jax.data.images import ArraySource
@@ -85,7 +85,7 @@ def test_classes_that_only_one_side_has(evaluate, model, tmp_path):
     c.evaluate.train_source, c.evaluate.test_source, c.evaluate.k = train, test, 1
     online = OnlineEvaluation(c, model.net, make_mesh(c.model.sync_bn), tmp_path)
     assert any('emu' in note for note in online.notes)
-    assert online.run(as_state(model))['knn_top1'] == 100
+    assert online.run(state_of(model.variables))['knn_top1'] == 100
     assert len(online.test) == 5, 'all are shown'
 
 
@@ -104,7 +104,7 @@ def test_a_class_that_cannot_be_learned_is_left_out_of_the_test(evaluate, model,
     online = OnlineEvaluation(c, model.net, make_mesh(c.model.sync_bn), tmp_path)
     names = ('config.evaluate.train_source', train, 'config.evaluate.test_source', test)
     assert any(line.format(*names) in note for note in online.notes)
-    assert online.run(as_state(model), print)['knn_top1'] == 100 and len(online.test) == 6
+    assert online.run(state_of(model.variables), print)['knn_top1'] == 100 and len(online.test) == 6
     with pytest.raises(UserError, match='--k=9 neighbours cannot be found among 8 labelled images'):
         evaluate(knn, train=train, test=test, k=[9])
 
@@ -119,15 +119,6 @@ def test_a_classifier_of_classes_that_only_one_side_has(evaluate, tmp_path, pres
     out, said = evaluate(linear, **flags, out=tmp_path / 'out')
     assert 'top-1 100.00%' in out
     assert '1 of 6 images are left out' in said and '1 of 5 images cannot be read' in said
-
-
-def as_state(model):
-    @dataclasses.dataclass
-    class State:
-        params: dict
-        batch_stats: dict
-
-    return State(**model.variables)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +194,11 @@ def test_unreadable_images_are_left_out_counted_and_bounded(evaluate, model, tmp
         strict(0.5).config, model.net, make_mesh({'enabled': False}), tmp_path
     )
     for _ in range(2):
-        assert online.run(as_state(model), say.append)['knn_top1'] == 100
+        assert online.run(state_of(model.variables), say.append)['knn_top1'] == 100
     assert len(say) == 2, 'each line once'
     online.config = strict(0.1).config
     with pytest.raises(UserError, match=r'max_bad_fraction=0\.1 allows'):
-        online.run(as_state(model), say.append)
+        online.run(state_of(model.variables), say.append)
 
     for path in (tmp_path / 'test').rglob('*.png'):
         path.write_bytes(b'no image')
@@ -245,7 +236,7 @@ def test_weights_that_are_not_finite_are_refused(evaluate, model, tmp_path):
     c.evaluate.k = 1
     say = []
     online = OnlineEvaluation(c, model.net, make_mesh({'enabled': False}), tmp_path / 'run')
-    assert online.run(as_state(broken), say.append) == {}
+    assert online.run(state_of(broken.variables), say.append) == {}
     assert 'not finite' in say[0], 'the run goes on'
 
 

@@ -9,14 +9,13 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from small_run import random_variables
-from small_training import build, small_config
+from small_training import build, small_config, state_of
 
 from swav_jax import config as settings
 from swav_jax.data import sources
 from swav_jax.errors import UserError
 from swav_jax.evaluate import extraction, logistic, online
 from swav_jax.parallel.mesh import make_mesh
-from swav_jax.state import TrainState
 
 ALL = tuple(online.EVALUATIONS)
 
@@ -33,8 +32,7 @@ def config():
 
 @pytest.fixture(scope='module')
 def state(config):
-    rest = dict.fromkeys(('step', 'failed', 'opt_state', 'method', 'loss_scale'))
-    return TrainState(**random_variables(build(config), 16, 3), **rest)
+    return state_of(random_variables(build(config), 16, 3))
 
 
 @pytest.fixture
@@ -113,7 +111,7 @@ def test_only_what_is_judged_is_computed(evaluation, state, monkeypatch):
 def test_nearest_prototypes_are_those_of_the_scores(evaluation, state, config):
     source = sources.open_source('synthetic:48x16', channels=3)
     net = build(config)
-    variables = vars(state)
+    variables = state.variables('network')
     found = extraction.extract(
         net, variables, source, config, of_head=('embeddings', 'scores', 'nearest')
     )
@@ -193,7 +191,7 @@ def test_prototypes_are_counted_on_the_images_to_learn_from(evaluation, state, c
 
 
 def test_prototypes_of_a_state_are_rows(config, state):
-    (found,) = online._prototypes(state)
+    (found,) = online._prototypes(state, 'network')
     kernel = state.params['head']['prototypes0']['kernel']
     np.testing.assert_allclose(found, kernel.T, rtol=1e-6)
 
