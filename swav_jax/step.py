@@ -40,7 +40,7 @@ def make_train_step(
     Returns:
       A function (state, batch) → (state, metrics, news), which donates the state. The batch is that
       of `data.pipeline`, split along axis 0. Metrics are the scalars of `update`, equal on all
-      replicas. News are (3,) int32, which the loop fetches after every step: whether the step is
+      devices. News are (3,) int32, which the loop fetches after every step: whether the step is
       finite, the largest `request` of the batch (B,) int32 (0 without any), by which processes tell
       each other something, and the number of bad images.
     """

@@ -59,19 +59,24 @@ def start(c, devices, *, rate=0.1, dtype=jnp.float32, queue_batches=0, batch=16)
     method, sizes = methods.make(c), SimpleNamespace(batch_size=batch)
     params, own = method.init(variables['params'], variables['batch_stats'], sizes)
     tx = optim.make_optimizer(c.optimizer, rate, dict(c.model.temp_frozen_params_iter_map), params)
-    state = step.TrainState(
-        step=jnp.int32(0),
-        failed=jnp.array(False),
-        params=params,
-        batch_stats=variables['batch_stats'],
-        opt_state=tx.init(params),
-        method=own,
-        loss_scale=LossScale.initial(c.precision),
-    )
+    state = first_state(tx, params, variables['batch_stats'], own, c.precision)
     net = build(c, dtype=dtype, axis_names=('member',), mesh_axes=AXES)
     turns = c.train.micro_batches
     layout = Layout(mesh, state, c.sharding, method.specs(own), turns)
     return layout, net, tx, layout.spread(put(mesh, jax.device_get(state)))
+
+
+def first_state(tx, params, batch_stats, own, precision='float32'):
+    """The state before the first step; `own` is the method's."""
+    return step.TrainState(
+        step=jnp.int32(0),
+        failed=jnp.array(False),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=tx.init(params),
+        method=own,
+        loss_scale=LossScale.initial(precision),
+    )
 
 
 def state_of(variables):

@@ -10,6 +10,7 @@ import pytest
 from small_training import make_update, random_crops, small_config, start
 
 from swav_jax import methods
+from swav_jax.config import settings
 from swav_jax.methods.method import Learned
 from swav_jax.methods.sinkhorn import sinkhorn_codes
 from swav_jax.methods.swav import SwAV, normalize_prototypes, swapped_prediction
@@ -44,6 +45,11 @@ class WithTeacher(SwAV):
         params = normalize_prototypes(params)
         moved = jax.tree.map(lambda old, new: (old + new) / 2, state.params, params)
         return params, state._replace(params=moved)
+
+
+def test_names_of_settings_are_those_of_the_methods():
+    """The table of settings cannot import them."""
+    assert set(settings.METHODS) == set(methods.METHODS)
 
 
 @pytest.mark.parametrize('sharding', ['replicated', 'zero'])

@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 from processes import TINY
 from small_run import random_variables, write_run
+from small_training import first_state
 
 from swav_jax import commands, methods, models, step
 from swav_jax import config as settings
@@ -32,12 +33,14 @@ from swav_jax.models.norm import BatchNorm
 from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.runs.checkpoint import Checkpoints
-from swav_jax.state import TrainState
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'swav_momentum.npz')
 META = json.loads(str(GOLDEN['meta']))
 LOSSES = [name for name, meta in META.items() if meta['kind'] == 'loss']
 TRAJECTORIES = [name for name, meta in META.items() if meta['kind'] == 'trajectory']
+
+
+assert_equal = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 
 
 def make_config(meta):
@@ -94,14 +97,16 @@ def shown(queue, world):
     return x.transpose(2, 0, 1, 3, 4).reshape(world, assign, -1, dim)
 
 
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize('case', LOSSES)
 def test_loss_codes_gradients_and_queue_equal_vissls(case):
     meta = META[case]
-    with jax.enable_x64(True):
-        _compare_losses(case, meta)
-
-
-def _compare_losses(case, meta):
     world, rows, count = meta['world'], meta['batch_per_replica'], len(meta['num_prototypes'])
     mesh = make_mesh({'enabled': True, 'group_size': 0}, jax.devices()[:world])
     method = methods.make(make_config(meta))
@@ -146,14 +151,15 @@ def _compare_losses(case, meta):
             state = state._replace(queue=opened(state.queue))
         inputs = (given(name).astype(np.float64) for name in ('embeddings', 'momentum_embeddings'))
         loss, codes, of_embeddings, of_params, state = run(*inputs, params, state, jnp.int32(t))
-        check = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
-        check(loss, given('loss'))
-        check(of_embeddings, given('grad_embeddings'))
+        assert_equal(loss, given('loss'))
+        assert_equal(of_embeddings, given('grad_embeddings'))
         for h in range(count):
-            check(codes[h], given(f'assignments{h}'))
-            check(of_params['head'][f'prototypes{h}']['kernel'].T, given(f'grad_prototypes{h}'))
+            assert_equal(codes[h], given(f'assignments{h}'))
+            assert_equal(
+                of_params['head'][f'prototypes{h}']['kernel'].T, given(f'grad_prototypes{h}')
+            )
         if queue is not None:
-            check(shown(state.queue, world), given('queue_after'))
+            assert_equal(shown(state.queue, world), given('queue_after'))
 
 
 class Layer(nn.Module):
@@ -219,17 +225,13 @@ def build(meta, **axes):
     return SwAVNet(Layer(norm), head)
 
 
+@pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize(
     ('devices', 'sharding'),
     [(1, 'replicated'), pytest.param(4, 'zero', marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize('case', TRAJECTORIES)
 def test_training_equals_vissls(case, devices, sharding):
-    with jax.enable_x64(True):
-        _compare_trainings(case, devices, sharding)
-
-
-def _compare_trainings(case, devices, sharding):
     meta = META[case]
     config = make_config(meta)
     mesh = make_mesh(config.model.sync_bn, jax.devices()[:devices])
@@ -238,36 +240,27 @@ def _compare_trainings(case, devices, sharding):
     sizes = SimpleNamespace(batch_size=rows)
     params, own = method.init(variables['params'], variables['batch_stats'], sizes)
     tx = optax.sgd(meta['lr'], meta['sgd_momentum'])
-    state = TrainState(
-        step=jnp.int32(0),
-        failed=jnp.array(False),
-        params=params,
-        batch_stats=variables['batch_stats'],
-        opt_state=tx.init(params),
-        method=own,
-        loss_scale=None,
-    )
+    state = first_state(tx, params, variables['batch_stats'], own)
     if own.queue is not None:
         state = state.replace(method=own._replace(queue=stored(case, rows)))
     net = build(meta, axis_names=('member',), mesh_axes=AXES)
     layout = Layout(mesh, state, sharding, method.specs(own))
     update = jax.jit(partial(step.update, net, tx, config, layout))
     state = layout.spread(put(mesh, jax.device_get(state)))
-    check = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9)
 
     for t in range(meta['steps']):
         if own.queue is not None and t == meta['start_iter']:
             state = state.replace(method=state.method._replace(queue=opened(state.method.queue)))
         inputs = [GOLDEN[f'{case}/inputs'][t].astype(np.float64)]
         state, metrics = update(state, inputs, np.ones(rows, np.float32))
-        check(metrics['loss'], GOLDEN[f'{case}/losses'][t])
+        assert_equal(metrics['loss'], GOLDEN[f'{case}/losses'][t])
         whole = layout.gather(state)
         if t + 1 < meta['steps']:
-            jax.tree.map(check, whole.params, ours(tensors(case, 'params', t + 1))['params'])
+            jax.tree.map(assert_equal, whole.params, ours(tensors(case, 'params', t + 1))['params'])
         if own.queue is not None:
-            check(shown(whole.method.queue, 1)[0], GOLDEN[f'{case}/queue_after'][t])
+            assert_equal(shown(whole.method.queue, 1)[0], GOLDEN[f'{case}/queue_after'][t])
     for encoder, name in (('network', 'params_end'), ('momentum', 'momentum_end')):
-        jax.tree.map(check, whole.variables(encoder), ours(tensors(case, name)))
+        jax.tree.map(assert_equal, whole.variables(encoder), ours(tensors(case, name)))
 
 
 @pytest.fixture(scope='module')

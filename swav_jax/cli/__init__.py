@@ -154,18 +154,19 @@ def _checked(
     return parse
 
 
-def size(text: str) -> float:
-    """The type of a flag: bytes, as 80GB or 24 GiB."""
-    units = {'GB': 1e9, 'GiB': 2**30, 'MB': 1e6, 'MiB': 2**20}
-    number, unit = text.rstrip('GMiB ').strip(), text.lstrip('0123456789. ')
-    bytes_of = _checked(
-        lambda _: float(number) * units[unit],
-        lambda x: 1e6 <= x <= 1e15,
-        'a size in MB, MiB, GB or GiB, from 1MB to 1000000GB, as 80GB',
-    )
-    return bytes_of(text)
+def _bytes(text: str) -> float:
+    found = re.fullmatch(r'([\d.]+) ?(MB|MiB|GB|GiB)', text)
+    if not found:
+        raise ValueError
+    return float(found[1]) * {'MB': 1e6, 'MiB': 2**20, 'GB': 1e9, 'GiB': 2**30}[found[2]]
 
 
+# The type of a flag: bytes.
+size = _checked(
+    _bytes,
+    lambda x: 1e6 <= x <= 1e15,
+    'a size in MB, MiB, GB or GiB, from 1MB to 1000000GB, as 80GB',
+)
 boolean = _checked(lambda text: BOOLEANS[text.lower()], lambda _: True, 'true or false')
 
 

@@ -21,6 +21,7 @@ MOST_PROTOTYPES_PER_IMAGE = 4
 ONLINE = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')  # evaluations in a run
 MOST_HEADS = 16  # of prototypes, and layers of the projection
 
+METHODS = ('swav', 'swav_momentum')
 _MOMENTUM = ('swav_momentum',)
 _SHARE = real(0, 1)
 _BELOW_1 = real(0, 1 - 2**-53, 'a number from 0 to below 1')
@@ -53,7 +54,7 @@ SETTINGS = {
     'choices': Setting((), Several(Pair(TEXT, TEXT), 0, 100),
         'settings that the recipe has chosen, and why; --plan prints them'),
 
-    'method': Setting('swav', one_of('swav', 'swav_momentum'),
+    'method': Setting('swav', one_of(*METHODS),
         'what is learned; swav_momentum: codes from a momentum encoder'),
 
     'data.source': Setting('', TEXT, 'the images: demo, folder:/path, …; see the README'),

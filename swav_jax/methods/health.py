@@ -18,7 +18,7 @@ def health(
     """Loss and signs of collapse of the global batch, in one all-reduce.
 
     Args:
-      loss: () this replica's loss.
+      loss: () this device's loss.
       embeddings: (A, B, D) of the crops that get codes.
       scores, codes: (A, B, K) of the same crops, for one prototype head.
       weights: (B,) 1, or 0 for an image that must not count.
@@ -50,11 +50,11 @@ def health(
     )
     dim = embeddings.shape[-1]
     scalars, sums, squares, votes = jnp.split(total, [5, 5 + dim, 5 + 2 * dim])
-    loss, replicas, counted, images, entropy = scalars
+    loss, devices, counted, images, entropy = scalars
     samples = jnp.maximum(counted * len(codes), 1.0)
     variance = squares / samples - jnp.square(sums / samples)
     return {
-        'loss': loss / replicas,
+        'loss': loss / devices,
         'code_entropy': entropy / samples,
         'active_prototypes': jnp.sum(votes > 0),
         'largest_prototype_share': jnp.max(votes) / samples,

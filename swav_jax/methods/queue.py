@@ -13,7 +13,7 @@ class Queue(NamedTuple):
     """Embeddings of the last S global batches, newest first: more samples for Sinkhorn.
 
     The images of a batch keep their place along axis 2. With this axis sharded like the batch, each
-    replica holds the embeddings that it computed, on any number of devices.
+    device holds the embeddings that it computed, on any number of devices.
     """
 
     embeddings: Float[Array, 'assign batches images dim']

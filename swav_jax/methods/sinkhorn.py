@@ -1,4 +1,4 @@
-"""Sinkhorn's codes: samples assigned to prototypes in given shares, over all replicas of a mesh.
+"""Sinkhorn's codes: samples assigned to prototypes in given shares, over all devices of a mesh.
 
 Letters: A crops of N samples, K prototypes of one of several heads.
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Stands for log 0: finite, so that a replica without a single valid image computes no NaN.
+# Stands for log 0: finite, so that a device without a single valid image computes no NaN.
 LOG_ZERO = -1e30
 
 
@@ -36,7 +36,7 @@ def sinkhorn_codes(
     sample, so later sums cannot underflow.
 
     Args:
-      scores: for each head, (A, N, K_h), in [-1, 1]: this replica's N samples, queue included.
+      scores: for each head, (A, N, K_h), in [-1, 1]: this device's N samples, queue included.
       epsilon: entropy regularisation, > 0. Smaller is sharper.
       num_iters: number of rounds, >= 1.
       weights: (N,) 1, or 0 for a sample that must not count; it gets a code as well.

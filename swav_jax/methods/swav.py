@@ -4,8 +4,8 @@ Caron et al. 2020, "Unsupervised Learning of Visual Features by Contrasting Clus
 (arXiv 2006.09882), as VISSL computes it. Letters: V crops of B images, A of them assigned to codes,
 K prototypes, D dimensions, H prototype heads.
 
-Every function gets one replica's share of the batch. `axis_names` are the mesh axes over which sums
-include the other replicas; `()` is a single replica.
+Every function gets one device's share of the batch. `axis_names` are the mesh axes over which sums
+include the other devices; `()` is a single device.
 """
 
 import dataclasses
@@ -80,7 +80,7 @@ def swav_codes(
     hard_assignment: bool | Bool[Array, ''] = False,
     axis_names: Sequence[str] = (),
 ) -> list[Float[Array, 'assign images _']]:
-    """Codes of this replica's images, from their scores and those of the queue.
+    """Codes of this device's images, from their scores and those of the queue.
 
     Args:
       samples: for each head, (A, B, K_h) scores of the crops that get codes.
@@ -130,7 +130,7 @@ def prediction_loss(
         )
         for s, c in zip(scores, codes, strict=True)
     ]
-    # The mean over the mesh leaves out images of weight 0, on whichever replica they are.
+    # The mean over the mesh leaves out images of weight 0, on whichever device they are.
     mean_weight = lax.pmean(jnp.mean(weights), axis_names)
     return jnp.mean(weights * sum(losses) / len(losses)) / jnp.maximum(mean_weight, 1e-12)
 
@@ -145,7 +145,7 @@ def swav_loss(
     hard_assignment: bool | Bool[Array, ''] = False,
     axis_names: Sequence[str] = (),
 ) -> tuple[Float[Array, ''], list[Float[Array, 'assign images _']]]:
-    """This replica's SwAV loss; the mean over replicas is the loss of the global batch.
+    """This device's SwAV loss; the mean over devices is the loss of the global batch.
 
     Args:
       scores: for each head, (V, B, K_h).
@@ -157,7 +157,7 @@ def swav_loss(
       axis_names: mesh axes over which the batch is split.
 
     Returns:
-      The loss, and for each head the (A, B, K_h) codes of this replica's images.
+      The loss, and for each head the (A, B, K_h) codes of this device's images.
     """
     samples = [s[jnp.asarray(settings.crops_for_assign)] for s in scores]
     codes = swav_codes(
