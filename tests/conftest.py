@@ -6,8 +6,13 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+
+from swav_jax.xla_flags import CPU_FLAGS
+
+# Those of a run, too: XLA's default schedule for CPUs writes to freed memory once in a while, in a
+# loop over micro-batches on several devices.
+os.environ['XLA_FLAGS'] = ' '.join(
+    (os.environ.get('XLA_FLAGS', ''), *CPU_FLAGS, '--xla_force_host_platform_device_count=8')
 )
 os.environ['TF_CPP_MIN_LOG_LEVEL'] = '3'
 

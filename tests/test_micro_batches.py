@@ -60,8 +60,8 @@ def train(devices, micro_batches, group_size, **changes):
 )
 def test_micro_batches_train_like_devices(ours, theirs, changes):
     """In float64: sums of weights, statistics or gradients over other replicas would show."""
-    group_size = changes.pop('model.sync_bn.group_size', 1)
     changes = {'precision': 'float64', 'optimizer.use_larc': True, **changes}
+    group_size = changes.pop('model.sync_bn.group_size', 1)
     with jax.enable_x64(True):
         losses, state = train(*ours, group_size, **changes)
         expected, their_state = train(*theirs, group_size, **changes)
