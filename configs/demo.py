@@ -5,6 +5,7 @@ Paper      the method of Caron et al. 2020, arXiv 2006.09882, scaled down: a Res
 Data       embedded in the package, nothing to download (MIT licence, Zalando Research).
 Run        make demo
            or: python -m swav_jax.main --config configs/demo.py --workdir runs/demo
+           or with another method: --config configs/demo.py:swav_momentum, :deepcluster_v2
 
 What differs from the ImageNet recipe, and why:
 
@@ -23,10 +24,11 @@ What differs from the ImageNet recipe, and why:
 from swav_jax import config as settings
 
 
-def get_config():
-    """The demo."""
+def get_config(arg=''):
+    """The demo, with the method that `arg` names."""
     config = settings.default()
-    config.recipe = 'demo'
+    config.recipe = '' if arg else 'demo'
+    config.method = arg or 'swav'
     config.data.source = 'demo'
     config.data.channels = 1
     config.data.mean, config.data.std = (0.286,), (0.353,)
@@ -41,7 +43,8 @@ def get_config():
     config.model.head.dims = (0, 256, 256, 64)
     config.model.head.num_clusters = (60,)
     config.model.temp_frozen_params_iter_map = (('head/prototypes0', 20),)
-    config.loss.epsilon = 0.03
+    if config.method != 'deepcluster_v2':
+        config.loss.epsilon = 0.03
 
     config.optimizer.name = 'adamw'
     config.optimizer.use_larc = False

@@ -9,9 +9,9 @@ from swav_jax.config import trunks
 DEMO = Path(__file__).parent.parent / 'configs' / 'demo.py'
 
 
-def get_config():
+def get_config(arg=''):
     """The demo on 32 of its images, with two crops each, by SGD, without evaluation."""
-    config = runpy.run_path(str(DEMO))['get_config']()
+    config = runpy.run_path(str(DEMO))['get_config'](arg)
     config.recipe = ''
     config.data.batchsize_per_replica = 4
     config.data.limit = 32

@@ -46,7 +46,9 @@ def make_train_step(
     """
 
     def step(state, batch):
-        new, metrics = update(net, tx, config, layout, state, batch, batch['weight'])
+        new, metrics = update(
+            net, tx, config, layout, state, batch, batch['weight'], batch['index']
+        )
         request = jnp.max(batch['request']) if 'request' in batch else 0
         news = [metrics.pop('finite'), request, metrics['bad_images']]
         return new, metrics, jnp.stack([jnp.asarray(x, jnp.int32) for x in news])
@@ -54,6 +56,38 @@ def make_train_step(
     everywhere = NamedSharding(layout.mesh, P())
     shardings = (layout.shardings, everywhere, everywhere)
     return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+
+
+def make_fill(
+    net: SwAVNet, config: Any, layout: Layout
+) -> Callable[[TrainState, jax.Array, Images, jax.Array, jax.Array], TrainState]:
+    """Return the compiled function by which a method sees a batch before the first step.
+
+    Args:
+      net, config, layout: as in `make_train_step`.
+
+    Returns:
+      A function (state, number, images, weights, index), which donates the state; the number counts
+      the batches from 0, the rest is as in `update`.
+    """
+
+    def see(state, number, images, weights, index):
+        network = network_on(net, config, images)
+        batch = Batch(number, weights, index, state.batch_stats)
+        return methods.make(config).fill(network, layout.own(state.params), batch, state.method)
+
+    def fill(state, number, images, weights, index):
+        specs = layout.specs
+        seen = jax.shard_map(
+            see,
+            mesh=layout.mesh,
+            in_specs=(specs.replace(opt_state=None), P(), images_spec(images), BATCH, BATCH),
+            out_specs=(specs.batch_stats, specs.method),
+        )
+        batch_stats, own = seen(state.replace(opt_state=None), number, images, weights, index)
+        return state.replace(batch_stats=batch_stats, method=own)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=layout.shardings)
 
 
 def update(
@@ -64,6 +98,7 @@ def update(
     state: TrainState,
     images: Images,
     weights: jax.Array,
+    index: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Learn from a batch and update the state.
 
@@ -73,6 +108,7 @@ def update(
       images: the batch of `data.pipeline`, B rows; or its crops, for each group (n_g, B, S_g, S_g,
         channels). B is split over the devices, whose rows are in the order of `device_rows`.
       weights: (B,) 1, or 0 for an image that must not count.
+      index: (B,) int32, the images' numbers in the data, for methods that use them.
 
     Returns:
       The next state, and metrics of the global batch: `finite`, norms, and those of the method's
@@ -83,10 +119,10 @@ def update(
     learned = jax.shard_map(
         functools.partial(learn, net, config, layout),
         mesh=layout.mesh,
-        in_specs=(specs.replace(opt_state=None), images_spec(images), BATCH),
+        in_specs=(specs.replace(opt_state=None), images_spec(images), BATCH, BATCH),
         out_specs=(specs.params, specs.batch_stats, specs.method, P()),
     )
-    grads, batch_stats, own, metrics = learned(begin(config, layout, state), images, weights)
+    grads, batch_stats, own, metrics = learned(begin(config, layout, state), images, weights, index)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = layout.cut_params(optax.apply_updates(state.params, updates))
@@ -115,7 +151,7 @@ def update(
 def begin(config: Any, layout: Layout, state: TrainState) -> TrainState:
     """The state with which a step's forward pass begins, without the optimizer's."""
     own = methods.make(config).before_step(
-        state.step, layout.cut_params(state.params), state.method
+        state.step, layout.cut_params(state.params), state.method, layout.mesh
     )
     return state.replace(method=own, opt_state=None)
 
@@ -127,13 +163,14 @@ def learn(
     state: TrainState,
     images: Images,
     weights: jax.Array,
+    index: jax.Array | None,
 ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
     """One device's part of a step, inside `shard_map`.
 
     Args:
       net, config, layout: as in `make_train_step`.
       state: the device's share of the state, without the optimizer's.
-      images, weights: the device's share, as in `update`.
+      images, weights, index: the device's share, as in `update`.
 
     Returns:
       The gradient, averaged over all devices and split like the parameters; BatchNorm's running
@@ -142,7 +179,7 @@ def learn(
     scale = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
     def loss_of(params):
-        found = objective(net, config, params, state, images, weights)
+        found = objective(net, config, params, state, images, weights, index)
         return found.learned.loss * scale, found
 
     grads, found = jax.grad(loss_of, has_aux=True)(layout.own(state.params))
@@ -166,16 +203,22 @@ def objective(
     state: TrainState,
     images: Images,
     weights: jax.Array,
+    index: jax.Array | None,
 ) -> Found:
     """Compute a device's loss inside `shard_map`, like `learn`, of whole `params`."""
-    network = Network(
+    network = network_on(net, config, images)
+    outputs, batch_stats = network.forward(params, state.batch_stats)
+    batch = Batch(state.step, weights, index, batch_stats)
+    learned = methods.make(config).loss(network, params, outputs, batch, state.method)
+    return Found(outputs, batch_stats, learned)
+
+
+def network_on(net: SwAVNet, config: Any, images: Images) -> Network:
+    """The network's functions for a device's images."""
+    return Network(
         functools.partial(forward_in_turn, net, config, images),
         lambda params, z: head.prototype_scores(params['head'], z),
     )
-    outputs, batch_stats = network.forward(params, state.batch_stats)
-    batch = Batch(state.step, weights, batch_stats)
-    learned = methods.make(config).loss(network, params, outputs, batch, state.method)
-    return Found(outputs, batch_stats, learned)
 
 
 def forward_in_turn(

@@ -103,7 +103,7 @@ def learning_rate(config, sizes):
 
 def test_every_file_is_tested():
     files = {path.stem for path in CONFIGS.glob('*.py')}
-    small = {'demo', 'small_images', 'own_images'}  # tests of their own
+    small = {'demo', 'small_images', 'own_images', 'deepclusterv2_r50'}  # tests of their own
     assert files == {name.partition(':')[0] for name in RECIPES} | small
 
 
@@ -124,6 +124,24 @@ def test_settings_are_vissls(name):
     rate = jax.vmap(learning_rate(config, sizes))(np.linspace(0, sizes.total_steps - 1, 2001))
     np.testing.assert_allclose(rate.max(), peak, rtol=2e-3)
     models.build(config.model)
+
+
+@pytest.mark.parametrize(
+    ('arg', 'crops', 'epochs'),
+    [('', MULTI6, 800), (':400,2x160+4x96', '2x160+4x96', 400), (':400,2x224,8gpu', '2x224', 400)],
+)
+def test_deepcluster_settings_are_the_official_ones(arg, crops, epochs):
+    config = get_config(f'deepclusterv2_r50{arg}')
+    settings.validate(config)
+    methods.make(config).check()
+    expected = get_config(f'swav_r50:{crops},{epochs}')
+    assert config.optimizer == expected.optimizer
+    for name in ('num_crops', 'size_crops', 'crop_scales'):
+        assert config.data[name] == expected.data[name]
+    assert config.loss.crops_for_mb == (0, 1) and config.loss.temperature == 0.1
+    assert config.model.head.num_clusters == (3000, 3000, 3000)
+    sizes = settings.sizes(config, num_images=IMAGES, num_devices=8 if '8gpu' in arg else 64)
+    assert sizes.batch_size == 4096
 
 
 # One recipe of each network.

@@ -117,7 +117,7 @@ def test_loss_codes_gradients_and_queue_equal_vissls(case):
     def replica(embeddings, seen, params, state, number):
         embeddings, seen = embeddings[0], seen[0]
         network = Network(lambda *_: (Outputs(seen, score(own, seen)), {}), score)
-        batch = Batch(number, lax.pcast(jnp.ones(rows, jnp.float32), AXES, to='varying'), {})
+        batch = Batch(number, lax.pcast(jnp.ones(rows, jnp.float32), AXES, to='varying'), None, {})
 
         def loss_of(embeddings, params):
             outputs = Outputs(embeddings, score(params, embeddings))

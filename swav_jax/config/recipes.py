@@ -88,10 +88,10 @@ def imagenet(
     return config
 
 
-def on_gpus(arg: str) -> ConfigDict:
+def on_gpus(arg: str, **defaults: str) -> ConfigDict:
     """`imagenet`, with words for the number of GPUs (`GPUS`) that compute its 4,096 images."""
     (_, numbers), arg = choose(arg, GPUS, '')
-    config = imagenet(arg)
+    config = imagenet(arg, **defaults)
     if numbers is not None:
         turns, images, group, remat = numbers
         config.train.micro_batches, config.data.batchsize_per_replica = turns, images

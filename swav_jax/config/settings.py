@@ -21,8 +21,8 @@ MOST_PROTOTYPES_PER_IMAGE = 4
 ONLINE = ('knn', 'linear', 'nmi', 'rankme', 'alignment', 'prototypes')  # evaluations in a run
 MOST_HEADS = 16  # of prototypes, and layers of the projection
 
-METHODS = ('swav', 'swav_momentum')
-_MOMENTUM = ('swav_momentum',)
+METHODS = ('swav', 'swav_momentum', 'deepcluster_v2')
+_SWAV, _MOMENTUM, _DEEPCLUSTER = METHODS[:2], METHODS[1:2], METHODS[2:]
 _SHARE = real(0, 1)
 _BELOW_1 = real(0, 1 - 2**-53, 'a number from 0 to below 1')
 _STEPS = whole(0, MOST_STEPS)
@@ -55,7 +55,8 @@ SETTINGS = {
         'settings that the recipe has chosen, and why; --plan prints them'),
 
     'method': Setting('swav', one_of(*METHODS),
-        'what is learned; swav_momentum: codes from a momentum encoder'),
+        'what is learned; swav_momentum: its codes are those of a momentum encoder; '
+        'deepcluster_v2: its codes are clusters of the last epoch'),
 
     'data.source': Setting('', TEXT, 'the images: demo, folder:/path, …; see the README'),
     'data.limit': Setting(0, _STEPS, 'images to use, spread evenly over the source; 0: all'),
@@ -103,7 +104,7 @@ SETTINGS = {
     'model.head.num_clusters': Setting((3000,), Several(whole(2, 1_000_000), 1, MOST_HEADS),
         'prototypes, for each prototype head'),
     'model.head.use_weight_norm_prototypes': Setting(False, SWITCH,
-        'weight normalization of the prototypes'),
+        'weight normalization of the prototypes', _SWAV),
     'model.sync_bn.enabled': Setting(True, SWITCH, 'BatchNorm over several devices'),
     'model.sync_bn.group_size': Setting(0, whole(-1, 2**20),
         "devices of a group; 0: all of them, -1: one process's"),
@@ -114,22 +115,27 @@ SETTINGS = {
         'parameters that are frozen at first, and for how many steps'),
 
     'loss.temperature': Setting(0.1, positive(1e-4, 1e4), 'of the predictions'),
-    'loss.use_double_precision': Setting(False, SWITCH, 'Sinkhorn and loss in float64'),
-    'loss.normalize_last_layer': Setting(True, SWITCH, 'prototypes of length 1'),
-    'loss.num_iters': Setting(3, whole(1, 1000), 'Sinkhorn iterations'),
-    'loss.epsilon': Setting(0.05, positive(1e-4, 1e4), 'of the Sinkhorn codes; lower is sharper'),
+    'loss.use_double_precision': Setting(False, SWITCH, 'Sinkhorn and loss in float64', _SWAV),
+    'loss.normalize_last_layer': Setting(True, SWITCH, 'prototypes of length 1', _SWAV),
+    'loss.num_iters': Setting(3, whole(1, 1000), 'Sinkhorn iterations', _SWAV),
+    'loss.epsilon': Setting(0.05, positive(1e-4, 1e4),
+        'of the Sinkhorn codes; lower is sharper', _SWAV),
     'loss.crops_for_assign': Setting((0, 1), Several(whole(0, MOST_CROPS), 1, MOST_CROPS),
-        'indices of the crops that get codes'),
-    'loss.temp_hard_assignment_iters': Setting(0, _STEPS, 'steps with one-hot codes at the start'),
+        'indices of the crops that get codes', _SWAV),
+    'loss.temp_hard_assignment_iters': Setting(0, _STEPS,
+        'steps with one-hot codes at the start', _SWAV),
     'loss.shk_powerlaw': Setting(0.0, real(0, 100),
-        "exponent of the prototypes' shares of the images; 0: equal shares"),
+        "exponent of the prototypes' shares of the images; 0: equal shares", _SWAV),
     'loss.momentum': Setting(0.99, _SHARE,
         'of the encoder of swav_momentum: how much of it stays in a step', _MOMENTUM),
     'loss.momentum_eval_mode_iter_start': Setting(0, _STEPS,
         "step from which this encoder's BatchNorm uses its running statistics", _MOMENTUM),
     'loss.queue.queue_length': Setting(0, whole(0, 10_000_000),
-        'embeddings of earlier batches, over all devices; 0: no queue'),
-    'loss.queue.start_iter': Setting(0, _STEPS, 'step at which the queue begins to fill'),
+        'embeddings of earlier batches, over all devices; 0: no queue', _SWAV),
+    'loss.queue.start_iter': Setting(0, _STEPS, 'step at which the queue begins to fill', _SWAV),
+    'loss.crops_for_mb': Setting((0, 1), Several(whole(0, MOST_CROPS), 1, MOST_CROPS),
+        'indices of the crops in the memory bank of deepcluster_v2', _DEEPCLUSTER),
+    'loss.kmeans_iters': Setting(10, whole(1, 1000), 'iterations of k-means', _DEEPCLUSTER),
 
     'optimizer.name': Setting('sgd', one_of('sgd', 'lars', 'adam', 'adamw'),
         "lars: optax.lars with larc_config's numbers; adamw: decay beside the averages"),

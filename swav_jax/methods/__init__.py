@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from swav_jax.methods.deepcluster_v2 import DeepClusterV2
 from swav_jax.methods.method import Method
 from swav_jax.methods.swav import SwAV
 from swav_jax.methods.swav_momentum import SwAVMomentum
 
-METHODS = {'swav': SwAV, 'swav_momentum': SwAVMomentum}
+METHODS = {'swav': SwAV, 'swav_momentum': SwAVMomentum, 'deepcluster_v2': DeepClusterV2}
 
 
 def make(config: Any) -> Method:

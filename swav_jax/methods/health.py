@@ -1,10 +1,17 @@
 """Metrics of health for methods with embeddings, prototypes and codes."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from swav_jax.parallel.mesh import AXES
+
+NEAR_LN_K = 0.01  # of ln K: a loss that is nearer to ln K is a sign of collapse
+NEAR_CONSTANT = 0.01  # of 1/√D, the standard deviation of spread embeddings: so is a smaller one
 
 
 @jax.named_scope('health')
@@ -61,3 +68,20 @@ def health(
         'embedding_std': jnp.mean(jnp.sqrt(jnp.maximum(variance, 0.0))),
         'bad_images': images - counted,
     }
+
+
+def sign_of_collapse(row: Mapping[str, Any], dim: int) -> tuple[str, str] | None:
+    """Look for a loss of ln K (all images look alike to the prototypes) or equal embeddings.
+
+    Args:
+      row: of metrics.jsonl.
+      dim: of the embeddings.
+
+    Returns:
+      As `Method.sign_of_collapse`.
+    """
+    if abs(row['loss_over_ln_k'] - 1) < NEAR_LN_K:
+        return 'the loss stayed within 1% of ln K', 'Stuck at ln K'
+    if row['embedding_std'] < NEAR_CONSTANT / math.sqrt(dim):
+        return 'all embeddings stayed the same', 'Equal embeddings'
+    return None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 # Letters, as in the methods: V crops of B images, of which A get codes; K_h prototypes of head h, D
 # dimensions. Arrays within a step are one device's share of the batch, all its micro-batches.
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
 
     step: jax.Array  # () int32, steps done before this one
     weights: jax.Array  # (B,) 1, or 0 for an image that must not count
+    index: jax.Array | None  # (B,) int32, the images' numbers in the data
     batch_stats: Any  # of the network after this batch's forward pass
 
 
@@ -57,10 +59,12 @@ class Method(abc.ABC):
     Attributes:
       fixed: settings that give the method's state its meaning, as 'loss.queue'. A run keeps them.
       remedy: advice against a collapse, in the imperative, with the names of settings.
+      fills: whether `fill` sees an epoch of images before the first step.
     """
 
     fixed: tuple[str, ...] = ()
     remedy: str
+    fills: bool = False
 
     @abc.abstractmethod
     def __init__(self, config: Any): ...
@@ -100,13 +104,28 @@ class Method(abc.ABC):
     def specs(self, state: Any) -> Any:
         """Return a PartitionSpec for each array of the method's state, which may be shapes."""
 
-    def before_step(self, step: jax.Array, params: Any, state: Any) -> Any:
+    def fill(self, network: Network, params: Any, batch: Batch, state: Any) -> tuple[Any, Any]:
+        """See a batch before the first step, without gradients, inside `shard_map`.
+
+        Args:
+          network: the network's functions.
+          params: its first parameters.
+          batch: this device's; its `step` counts these batches.
+          state: this device's share of the method's state.
+
+        Returns:
+          BatchNorm's running statistics and the method's state after this batch.
+        """
+        return batch.batch_stats, state
+
+    def before_step(self, step: jax.Array, params: Any, state: Any, mesh: Mesh) -> Any:
         """Return the method's state with which a step begins, outside `shard_map`.
 
         Args:
           step: () int32, steps done before.
           params: of the network, as its forward pass will use them.
           state: after the last step.
+          mesh: the devices.
         """
         return state
 

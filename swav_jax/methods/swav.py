@@ -20,15 +20,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from swav_jax.errors import UserError, refusal
-from swav_jax.methods.health import health
+from swav_jax.methods.health import health, sign_of_collapse
 from swav_jax.methods.method import Batch, Learned, Method, Network, Outputs
 from swav_jax.methods.queue import Queue
 from swav_jax.methods.sinkhorn import harden, sinkhorn_codes
 from swav_jax.parallel.mesh import AXES, REPLICATED
 from swav_jax.precision import need_float64
-
-NEAR_LN_K = 0.01  # of ln K: a loss that is nearer to ln K is a sign of collapse
-NEAR_CONSTANT = 0.01  # of 1/√D, the standard deviation of spread embeddings: so is a smaller one
 
 
 def swapped_prediction(
@@ -333,12 +330,8 @@ class SwAV(Method):
         return params, state
 
     def sign_of_collapse(self, row: Mapping[str, Any]) -> tuple[str, str] | None:
-        """Look for a loss of ln K (all images look alike to the prototypes) or equal embeddings."""
-        if abs(row['loss_over_ln_k'] - 1) < NEAR_LN_K:
-            return 'the loss stayed within 1% of ln K', 'Stuck at ln K'
-        if row['embedding_std'] < NEAR_CONSTANT / math.sqrt(self._config.model.head.dims[-1]):
-            return 'all embeddings stayed the same', 'Equal embeddings'
-        return None
+        """Look for a loss of ln K, or equal embeddings."""
+        return sign_of_collapse(row, self._config.model.head.dims[-1])
 
     def plan(self, sizes: Any) -> Iterator[tuple[str, str]]:
         """The queue's length."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh
 
 from swav_jax.methods.method import Batch, Learned, Network, Outputs
 from swav_jax.methods.queue import Queue
@@ -39,7 +40,9 @@ class SwAVMomentum(SwAV):
         whole = jax.tree.map(lambda _: REPLICATED, (state.params, state.batch_stats))
         return MomentumState(*whole, super().specs(State(state.queue)).queue)
 
-    def before_step(self, step: jax.Array, params: Any, state: MomentumState) -> MomentumState:
+    def before_step(
+        self, step: jax.Array, params: Any, state: MomentumState, mesh: Mesh
+    ) -> MomentumState:
         """Move the encoder towards the network: m · old + (1 - m) · new; a copy in step 0."""
         momentum = self._config.loss.momentum
 

@@ -92,7 +92,15 @@ def _look(
     """Crops, outputs and codes of the step."""
 
     def look(state, batch):
-        found = objective(net, config, layout.own(state.params), state, batch, batch['weight'])
+        found = objective(
+            net,
+            config,
+            layout.own(state.params),
+            state,
+            batch,
+            batch['weight'],
+            batch['index'],
+        )
         return (
             {'embeddings': found.outputs.embeddings}
             | {f'scores{i}': x for i, x in enumerate(found.outputs.scores)}

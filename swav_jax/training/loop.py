@@ -22,6 +22,7 @@ from swav_jax.runs.profiling import Profile
 from swav_jax.runs.signals import SAVE, Signals
 from swav_jax.state import TrainState
 from swav_jax.step import make_train_step
+from swav_jax.training.fill import fill
 from swav_jax.training.progress import Progress
 from swav_jax.training.setup import Setup, introduce
 
@@ -55,6 +56,8 @@ def train(setup: Setup, signals: Signals, profile: int) -> Results | SkipBatches
             run.evaluate(first_step)
         if request := distributed.largest(run.wanted()):
             run.stop(first_step, request)
+        if first_step == 0:
+            fill(setup, monitor, run)
 
         train_step = make_train_step(setup.net, setup.tx, config, setup.layout)
         learning_rate = jax.jit(setup.schedule)

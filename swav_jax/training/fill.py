@@ -1,0 +1,32 @@
+"""What a method sees of the images before the first step."""
+
+import numpy as np
+
+from swav_jax import methods
+from swav_jax.parallel import distributed
+from swav_jax.parallel import mesh as meshes
+from swav_jax.runs.monitor import Monitor
+from swav_jax.step import make_fill
+from swav_jax.training.progress import Progress
+from swav_jax.training.setup import Setup
+
+
+def fill(setup: Setup, monitor: Monitor, run: Progress) -> None:
+    """Show the method an epoch of images if it wants one: that after the last, which no step sees.
+
+    A run that is stopped here begins with this again.
+
+    Raises:
+      StoppedError: a signal came.
+    """
+    sizes = setup.sizes
+    if not methods.make(setup.config).fills:
+        return
+    monitor.say(f'filling the memory bank from {sizes.steps_per_epoch:,} batches')
+    see = make_fill(setup.net, setup.config, setup.layout)
+    batches = setup.batches(sizes.total_steps)
+    for number in range(sizes.steps_per_epoch):
+        batch = meshes.put_batch(setup.mesh, next(batches))
+        if request := distributed.largest(run.wanted()):
+            run.stop(0, request)
+        run.state = see(run.state, np.int32(number), batch, batch['weight'], batch['index'])
