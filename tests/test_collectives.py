@@ -43,8 +43,9 @@ def compiled(c, dtype=jnp.float32):
 
 
 def config(**changes):
-    real = {'model.trunk.width_multiplier': 0.125, 'model.head.num_clusters': (6, 5)}
-    return small_config(**{'optimizer.use_larc': True, **real, **changes})
+    real = {'model.trunk.depth': 10, 'model.trunk.width_multiplier': 0.125}
+    heads = {'model.head.num_clusters': (6, 5)}
+    return small_config(**{'optimizer.use_larc': True, **real, **heads, **changes})
 
 
 @pytest.mark.slow

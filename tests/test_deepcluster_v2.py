@@ -1,6 +1,7 @@
 """DeepCluster-v2 against VISSL's and the official one, over whole trainings; its memory bank."""
 
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from processes import TINY
 from small_training import first_state
 
 from swav_jax import config as settings
-from swav_jax import methods, step
-from swav_jax.errors import UserError
+from swav_jax import methods, step, training
+from swav_jax.config.file import load_config
+from swav_jax.errors import StoppedError, UserError
 from swav_jax.methods import deepcluster_v2
 from swav_jax.methods.deepcluster_v2 import IGNORED, NOWHERE, DeepClusterState
 from swav_jax.methods.method import Batch, Network, Outputs
@@ -26,6 +29,9 @@ from swav_jax.models.norm import BatchNorm
 from swav_jax.parallel.layout import Layout
 from swav_jax.parallel.mesh import AXES, make_mesh, put
 from swav_jax.parallel.replicas import device_rows
+from swav_jax.runs.checkpoint import Checkpoints
+from swav_jax.runs.signals import STOP, Signals
+from swav_jax.training import fill
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'deepcluster_v2.npz')
 META = json.loads(str(GOLDEN['meta']))
@@ -251,9 +257,9 @@ def ours(case, name):
 @pytest.mark.parametrize(
     ('case', 'devices', 'micro_batches', 'sharding'),
     [
-        ('trajectory', 1, 1, 'replicated'),
+        pytest.param('trajectory', 1, 1, 'replicated', marks=pytest.mark.slow),
         ('trajectory_bn', 1, 1, 'replicated'),
-        ('trajectory_world2', 2, 1, 'zero'),
+        pytest.param('trajectory_world2', 2, 1, 'zero', marks=pytest.mark.slow),
         ('trajectory_world2', 1, 2, 'replicated'),
     ],
 )
@@ -399,6 +405,35 @@ def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         method.check()
         method.check_run(SimpleNamespace(steps_per_epoch=4, batch_size=16))
+
+
+@pytest.mark.slow
+def test_a_stop_while_the_bank_fills_saves_the_beginning(tmp_path, monkeypatch):
+    """A bank that is half full would be filled again on statistics that have moved."""
+    config, signals = load_config(f'{TINY}:deepcluster_v2'), Signals()
+    config.data.batchsize_per_replica = 1
+
+    def stopping(*args):
+        see, seen = step.make_fill(*args), []
+
+        def see_some(*batch):
+            seen.append(see(*batch))
+            if len(seen) == 2:
+                signals.request = STOP
+            return seen[-1]
+
+        return see_some
+
+    monkeypatch.setattr(fill, 'make_fill', stopping)
+    with pytest.raises(StoppedError):
+        training.run(config, tmp_path, signals=signals)
+    with closing(Checkpoints(tmp_path / 'checkpoints')) as checkpoints:
+        saved_at, state, _ = checkpoints.read(('method/index', 'batch_stats'))
+    assert saved_at == 0
+    assert np.all(state['method']['index'] == NOWHERE)
+    assert all(
+        np.all(x == x.flat[0]) for x in map(np.asarray, jax.tree.leaves(state['batch_stats']))
+    )
 
 
 @pytest.mark.parametrize('name', ['loss.epsilon', 'loss.queue.queue_length', 'loss.momentum'])

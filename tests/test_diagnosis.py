@@ -138,6 +138,17 @@ def test_results_of_evaluations_are_signs():
     assert 'linear' not in sign.seen, 'which is better than pixels'
 
 
+def test_advice_for_clusters_is_not_sinkhorns():
+    """Nothing shares a batch equally, and epsilon is a setting that is refused."""
+    config = config_of(method='deepcluster_v2', model__head__num_clusters=(5 * BATCH,))
+    rows = rows_of(loss_over_ln_k=along(1, 1), active_prototypes=along(2, 2))
+    found = diagnosis.findings(rows, (), {}, config, BATCH)
+    advice = [finding.change for finding in found]
+    assert advice and not any('epsilon' in text or 'queue' in text for text in advice)
+    assert all(text[0] != ' ' and not text.startswith(('or ', ',')) for text in advice)
+    assert 'More prototypes than the batch can fill' not in [finding.name for finding in found]
+
+
 def test_causes_come_before_their_effects():
     """300 prototypes at batch 64, epsilon 0.5, learning rate × 30, as it was measured."""
     config = config_of(

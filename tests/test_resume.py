@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from processes import ROOT, command, environment, rows, run
+from processes import ROOT, TINY, command, environment, rows, run
 
 from swav_jax.config import default, to_dict
 from swav_jax.errors import UserError
@@ -82,6 +82,32 @@ def test_a_run_goes_on_with_other_devices(moved, tmp_path):
     whole, parts = rows(tmp_path), rows(moved)
     assert [row['step'] for row in parts] == [row['step'] for row in whole] == list(range(1, 13))
     losses = [[row['loss'] for row in part] for part in (whole, parts)]
+    np.testing.assert_allclose(*losses, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_memory_bank_goes_on_within_an_epoch(tmp_path):
+    """DeepCluster-v2 after 6 steps of epochs of 4, on 4 devices and then on 2."""
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    for devices, workdir, last in (1, whole, 12), (4, parts, 6), (2, parts, 12):
+        flags = (
+            '--config.precision=float64',
+            '--config.optimizer.num_epochs=3',
+            f'--config.data.batchsize_per_replica={8 // devices}',
+            f'--config.train.max_steps={last}',
+        )
+        done = subprocess.run(
+            command(workdir, *flags, config=f'{TINY}:deepcluster_v2'),
+            cwd=ROOT,
+            env=environment(devices, JAX_ENABLE_X64='True'),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ('filling the memory bank' in done.stdout) == (workdir is whole or devices == 4)
+    assert 'resuming from step 6' in done.stdout
+    losses = [[row['loss'] for row in rows(workdir)] for workdir in (whole, parts)]
+    assert len(losses[0]) == 12
     np.testing.assert_allclose(*losses, rtol=1e-9)
 
 

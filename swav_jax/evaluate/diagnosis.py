@@ -112,6 +112,17 @@ class _Run:
         return math.log(self.prototypes)
 
     @property
+    def shares_equally(self) -> bool:
+        """Whether the codes are Sinkhorn's, in which prototypes share the batch equally."""
+        return self.config.get('method', 'swav') != 'deepcluster_v2'
+
+    @property
+    def sharper(self) -> str:
+        """Advice for sharper codes, with a comma behind it; '' where clusters are the codes."""
+        epsilon = self.config['loss']['epsilon']
+        return f'lower config.loss.epsilon={epsilon:g}, ' if self.shares_equally else ''
+
+    @property
     def frozen(self) -> int:
         """Steps during which the prototypes are frozen."""
         frozen = self.config['model']['temp_frozen_params_iter_map']
@@ -167,8 +178,8 @@ def _stuck(run: _Run) -> Iterator[Finding]:
             'Stuck at ln K',
             f'loss / ln K is {loss:.3f} after {run.rows[-1]["epoch"]:g} epochs; 1 means that all '
             'images look alike to the prototypes',
-            f'lower config.loss.epsilon={run.config["loss"]["epsilon"]:g}, make the crops easier '
-            '(config.data.crop_scales, config.augment), train for longer',
+            f'{run.sharper}make the crops easier (config.data.crop_scales, config.augment), train '
+            'for longer',
         )
 
 
@@ -185,9 +196,13 @@ def _prototypes(run: _Run) -> Iterator[Finding]:
         yield Finding(
             'Few prototypes',
             ', and '.join(seen),
-            'lower the learning rate (config.optimizer.param_schedulers.lr) and '
-            f'config.loss.epsilon={run.config["loss"]["epsilon"]:g}, and freeze the prototypes for '
-            f'longer than {run.frozen} steps (config.model.temp_frozen_params_iter_map)',
+            f'{run.sharper}lower the learning rate (config.optimizer.param_schedulers.lr)'
+            + (
+                f', and freeze the prototypes for longer than {run.frozen} steps '
+                '(config.model.temp_frozen_params_iter_map)'
+                if run.shares_equally
+                else ', or use fewer clusters (config.model.head.num_clusters)'
+            ),
         )
 
 
@@ -201,13 +216,13 @@ def _unused(run: _Run) -> Iterator[Finding]:
             yield Finding(
                 heading,
                 f'{count:g} of {run.prototypes} prototypes {seen}',
-                f'use fewer prototypes than config.model.head.num_clusters={run.prototypes}, or '
-                f'lower config.loss.epsilon={run.config["loss"]["epsilon"]:g}',
+                f'{run.sharper}or use fewer prototypes than '
+                f'config.model.head.num_clusters={run.prototypes}'.removeprefix('or '),
             )
 
 
 def _too_many(run: _Run) -> Iterator[Finding]:
-    if run.batch is None:
+    if run.batch is None or not run.shares_equally:
         return
     queue = run.config['loss']['queue']['queue_length'] // run.batch * run.batch
     samples, most = run.batch + queue, MOST_PROTOTYPES_PER_IMAGE

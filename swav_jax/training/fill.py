@@ -1,5 +1,7 @@
 """What a method sees of the images before the first step."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from swav_jax import methods
@@ -24,9 +26,11 @@ def fill(setup: Setup, monitor: Monitor, run: Progress) -> None:
         return
     monitor.say(f'filling the memory bank from {sizes.steps_per_epoch:,} batches')
     see = make_fill(setup.net, setup.config, setup.layout)
+    state = jax.tree.map(jnp.copy, run.state)  # a run that is stopped saves its beginning
     batches = setup.batches(sizes.total_steps)
     for number in range(sizes.steps_per_epoch):
         batch = meshes.put_batch(setup.mesh, next(batches))
         if request := distributed.largest(run.wanted()):
             run.stop(0, request)
-        run.state = see(run.state, np.int32(number), batch, batch['weight'], batch['index'])
+        state = see(state, np.int32(number), batch, batch['weight'], batch['index'])
+    run.state = state
