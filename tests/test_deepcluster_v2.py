@@ -1,7 +1,7 @@
 """DeepCluster-v2 against VISSL's and the official one, over whole trainings; its memory bank."""
 
+import contextlib
 import json
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,10 +43,25 @@ def cases(kind):
     return [name for name, meta in META.items() if meta['kind'] == kind]
 
 
+TOLERANCES = {'float64': 1e-9, 'float32': 1e-5}
+
+
 @pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
+def computing():
+    """Compute in a precision from now on; returns the comparison for it."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(precision):
+            stack.enter_context(jax.enable_x64(precision == 'float64'))
+            bound = TOLERANCES[precision]
+            return partial(np.testing.assert_allclose, rtol=bound, atol=bound)
+
+        yield begin
+
+
+@pytest.fixture
+def float64(computing):
+    computing('float64')
 
 
 def make_config(**changes):
@@ -87,13 +102,13 @@ def begin_with(monkeypatch, starts):
     monkeypatch.setattr(deepcluster_v2, 'first_centroids', lambda *_: next(starts))
 
 
-@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('precision', TOLERANCES)
 @pytest.mark.parametrize('case', cases('cluster'))
-def test_clusters_equal_vissls(case, monkeypatch):
-    meta, steps = META[case], 4
+def test_clusters_equal_vissls(case, precision, computing, monkeypatch):
+    meta, steps, assert_equal = META[case], 4, computing(precision)
     method, mesh = methods.make(from_meta(meta)), mesh_of(meta['world'])
     heads = range(len(meta['num_clusters']))
-    given = GOLDEN[f'{case}/bank'].astype(np.float64)
+    given = GOLDEN[f'{case}/bank'].astype(precision)
     of_first = [given[0, h % given.shape[1]] for h in heads]
     starts = [of_first[h][GOLDEN[f'{case}/random_idx{h}']] for h in heads]
     begin_with(monkeypatch, starts)
@@ -112,13 +127,13 @@ def test_clusters_equal_vissls(case, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, within, state)
 
 
-@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('precision', TOLERANCES)
 @pytest.mark.parametrize('case', cases('loss'))
-def test_loss_and_gradients_equal_vissls(case):
-    meta = META[case]
+def test_loss_and_gradients_equal_vissls(case, precision, computing):
+    meta, assert_equal = META[case], computing(precision)
     method, world, rows = methods.make(from_meta(meta)), meta['world'], meta['batch']
     centroids = [
-        GOLDEN[f'{case}/prototypes{h}'].astype(np.float64) for h in range(len(meta['num_clusters']))
+        GOLDEN[f'{case}/prototypes{h}'].astype(precision) for h in range(len(meta['num_clusters']))
     ]
     state = DeepClusterState(
         jnp.zeros((2, 1, world * rows, meta['dim'])),
@@ -146,7 +161,7 @@ def test_loss_and_gradients_equal_vissls(case):
             out_specs=P(AXES),
         )
     )(
-        GOLDEN[f'{case}/projections'].astype(np.float64),
+        GOLDEN[f'{case}/projections'].astype(precision),
         GOLDEN[f'{case}/index'].astype(np.int32),
         state,
     )
@@ -427,7 +442,7 @@ def test_a_stop_while_the_bank_fills_saves_the_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(fill, 'make_fill', stopping)
     with pytest.raises(StoppedError):
         training.run(config, tmp_path, signals=signals)
-    with closing(Checkpoints(tmp_path / 'checkpoints')) as checkpoints:
+    with contextlib.closing(Checkpoints(tmp_path / 'checkpoints')) as checkpoints:
         saved_at, state, _ = checkpoints.read(('method/index', 'batch_stats'))
     assert saved_at == 0
     assert np.all(state['method']['index'] == NOWHERE)
