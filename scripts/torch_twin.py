@@ -27,11 +27,14 @@ class Twin(torch.nn.Module):
         self.projection_head = torch.nn.Sequential(*layers[:-2])
         self.prototypes = torch.nn.Linear(dims[-1], prototypes, bias=False)
 
+    def embed(self, crops):
+        """Embeddings of all crops, crop-major."""
+        features = torch.cat([self.trunk(group) for group in crops])
+        return torch.nn.functional.normalize(self.projection_head(features))
+
     def forward(self, crops):
         """Scores of all crops, crop-major."""
-        features = torch.cat([self.trunk(group) for group in crops])
-        embeddings = torch.nn.functional.normalize(self.projection_head(features))
-        return self.prototypes(embeddings)
+        return self.prototypes(self.embed(crops))
 
     @torch.no_grad()
     def normalize_prototypes(self):
@@ -65,14 +68,18 @@ def make_twin(arch, tensors):
     return twin
 
 
-def twin_loss(scores, batch, epsilon, temperature, num_iters):
-    """Swapped prediction between the first two crops' codes and all other crops."""
+def twin_loss(scores, batch, epsilon, temperature, num_iters, targets=None):
+    """Swapped prediction between the first two crops' codes and all other crops.
+
+    Codes are those of `targets`, scores of the first two crops; None: of `scores` themselves.
+    """
     crops = scores.split(batch)
+    coded = crops if targets is None else targets.split(batch)
     log_p = [torch.log_softmax(s / temperature, 1) for s in crops]
     loss = 0
     for a in (0, 1):
         with torch.no_grad():
-            q = torch.exp(crops[a] / epsilon)
+            q = torch.exp(coded[a] / epsilon)
             for _ in range(num_iters):
                 q /= q.sum(0)
                 q /= q.sum(1, keepdim=True)

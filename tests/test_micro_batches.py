@@ -36,7 +36,7 @@ def train(devices, micro_batches, group_size, **changes):
 @pytest.mark.parametrize(
     ('ours', 'theirs', 'changes'),
     [
-        ((1, 4), (4, 1), {}),
+        pytest.param((1, 4), (4, 1), {}, marks=pytest.mark.slow),
         ((2, 4), (8, 1), {'model.sync_bn.group_size': 2, **HEADS}),
         pytest.param((2, 2), (4, 1), {'sharding': 'zero', **HEADS}, marks=pytest.mark.slow),
         pytest.param((2, 2), (4, 1), {'train.per_crop_pass': True}, marks=pytest.mark.slow),
