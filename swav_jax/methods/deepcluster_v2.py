@@ -268,5 +268,5 @@ class DeepClusterV2(Method):
             )
 
     def notes(self, sizes: Any) -> Iterator[str]:
-        """The official code's way: nothing is left out."""
+        """Nothing: every setting is used as it is."""
         return iter(())
