@@ -27,5 +27,7 @@ def get_config(arg=''):
     config = recipes.on_gpus(arg, epochs='800')
     config.method = 'deepcluster_v2'
     config.model.head.num_clusters *= 3
+    if config.data.size_crops == (160, 96):  # larger ones than in SwAV's recipe with these sizes
+        config.data.crop_scales = ((0.08, 1.0), (0.05, 0.14))
     config.model.temp_frozen_params_iter_map = ()
     return config

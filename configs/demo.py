@@ -43,7 +43,9 @@ def get_config(arg=''):
     config.model.head.dims = (0, 256, 256, 64)
     config.model.head.num_clusters = (60,)
     config.model.temp_frozen_params_iter_map = (('head/prototypes0', 20),)
-    if config.method != 'deepcluster_v2':
+    if config.method == 'deepcluster_v2':  # k-means sets the prototypes
+        config.model.temp_frozen_params_iter_map = ()
+    else:
         config.loss.epsilon = 0.03
 
     config.optimizer.name = 'adamw'

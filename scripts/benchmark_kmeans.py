@@ -13,7 +13,7 @@ BATCHES, IMAGES, DIM, CLUSTERS, ITERS = 313, 64, 128, 3000, 3
 FLOPS = 2 * BATCHES * IMAGES * DIM * CLUSTERS * (ITERS + 1)
 
 
-def measure(rounds: int) -> dict[str, float | str]:
+def measure(rounds: int) -> dict[str, float]:
     """Seconds of both, one after the other in each round, and the median of their ratios."""
     rows = np.random.default_rng(0).standard_normal((BATCHES, IMAGES, DIM)).astype(np.float32)
     rows = jnp.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))

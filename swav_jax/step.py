@@ -122,7 +122,8 @@ def update(
         in_specs=(specs.replace(opt_state=None), images_spec(images), BATCH, BATCH),
         out_specs=(specs.params, specs.batch_stats, specs.method, P()),
     )
-    grads, batch_stats, own, metrics = learned(begin(config, layout, state), images, weights, index)
+    begun = begin(config, layout, state)
+    grads, batch_stats, own, metrics = learned(begun, images, weights, index)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = layout.cut_params(optax.apply_updates(state.params, updates))
@@ -135,7 +136,8 @@ def update(
     overflow_is_usual = False
     if state.loss_scale is not None:
         finite = all_finite(grads)
-        new = _choose(finite, new, state)
+        # The step is counted, so what it began with stays: the clusters of an epoch.
+        new = _choose(finite, new, state.replace(method=begun.method))
         # An overflow halves the scale and is usual, unless the scale is 1 already.
         overflow_is_usual = state.loss_scale.scale > MIN_SCALE
         new = new.replace(loss_scale=state.loss_scale.adjust(finite))

@@ -50,13 +50,14 @@ def build(c, **kwargs):
 
 
 def start(c, devices, *, rate=0.1, dtype=jnp.float32, queue_batches=0, batch=16):
-    """Mesh, network, optimizer and state for given crops, without any data."""
+    """Mesh, network, optimizer and state for given crops, without any data: an epoch is a batch."""
     mesh = make_mesh(c.model.sync_bn, jax.devices()[:devices])
     plain = build(c, dtype=dtype)
     crops = [jnp.zeros((2, s, s, 3), dtype) for s in c.data.size_crops]
     variables = jax.jit(lambda: plain.init(jax.random.key(0), crops, train=True))()
     c.loss.queue.queue_length = queue_batches * batch
-    method, sizes = methods.make(c), SimpleNamespace(batch_size=batch)
+    sizes = SimpleNamespace(batch_size=batch, steps_per_epoch=1, num_images=batch)
+    method = methods.make(c)
     params, own = method.init(variables['params'], variables['batch_stats'], sizes)
     tx = optim.make_optimizer(c.optimizer, rate, dict(c.model.temp_frozen_params_iter_map), params)
     state = first_state(tx, params, variables['batch_stats'], own, c.precision)

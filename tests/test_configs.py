@@ -136,8 +136,10 @@ def test_deepcluster_settings_are_the_official_ones(arg, crops, epochs):
     methods.make(config).check()
     expected = get_config(f'swav_r50:{crops},{epochs}')
     assert config.optimizer == expected.optimizer
-    for name in ('num_crops', 'size_crops', 'crop_scales'):
+    for name in ('num_crops', 'size_crops'):
         assert config.data[name] == expected.data[name]
+    least = config.data.crop_scales[0][0]
+    assert least == {MULTI6: 0.14, '2x160+4x96': 0.08, '2x224': 0.08}[crops]
     assert config.loss.crops_for_mb == (0, 1) and config.loss.temperature == 0.1
     assert config.model.head.num_clusters == (3000, 3000, 3000)
     sizes = settings.sizes(config, num_images=IMAGES, num_devices=8 if '8gpu' in arg else 64)

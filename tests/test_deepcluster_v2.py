@@ -14,7 +14,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 from processes import TINY
-from small_training import first_state
+from small_training import first_state, make_update, random_crops, small_config, start
 
 from swav_jax import config as settings
 from swav_jax import methods, step, training
@@ -412,7 +412,7 @@ def test_clustering_begins_with_different_images_of_the_bank():
     [
         ({'loss.crops_for_mb': (0, 2)}, r'config.loss.crops_for_mb=\(0, 2\)'),
         ({'loss.crops_for_mb': (1, 1)}, r'config.loss.crops_for_mb=\(1, 1\)'),
-        ({'model.head.num_clusters': (65,)}, 'an epoch has 64'),
+        ({'model.head.num_clusters': (65,)}, 'at most the 64 of an epoch'),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):
@@ -420,6 +420,25 @@ def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         method.check()
         method.check_run(SimpleNamespace(steps_per_epoch=4, batch_size=16))
+
+
+def test_an_overflow_does_not_undo_the_clusters_of_an_epoch():
+    """The first step of an epoch has found them; half precision often overflows just there."""
+    c = small_config(precision='float16', **{'method': 'deepcluster_v2'})
+    layout, net, tx, state = start(c, 1, dtype=jnp.float16)
+    update, index = make_update(c, layout, net, tx), np.arange(16, dtype=np.int32)
+    filled = state.method._replace(
+        embeddings=jax.random.normal(jax.random.key(0), state.method.embeddings.shape),
+        index=index[None],
+    )
+    huge = state.loss_scale._replace(scale=jnp.float32(2.0**100))
+    state = state.replace(method=filled, loss_scale=huge)
+    after, metrics = update(state, random_crops(c, 0), np.ones(16, np.float32), index)
+    assert int(metrics['overflows']) == 1 and metrics['finite']
+    np.testing.assert_array_equal(
+        after.params['trunk']['conv1']['kernel'], state.params['trunk']['conv1']['kernel']
+    )
+    assert np.all(after.method.assignments >= 0)
 
 
 @pytest.mark.slow

@@ -53,7 +53,9 @@ def _cost(jaxpr: Jaxpr) -> Counter:
         elif name in COLLECTIVES:
             total['bytes_sent'] += sum(_bytes(x.aval) for x in equation.invars)
         inner = [_cost(j) for j in _inner(equation.params)]
-        if name == 'cond':  # by platform; all but the CPU run the last branch
+        if (
+            name == 'cond'
+        ):  # by platform: all but the CPU run the last branch; or for True: most steps
             inner = inner[-1:]
         for counted in inner:
             repeats = equation.params['length'] if name == 'scan' else 1

@@ -99,7 +99,7 @@ SETTINGS = {
     'model.head.use_bn': Setting(True, SWITCH, 'BatchNorm after hidden layers'),
     'model.head.use_bias': Setting(True, SWITCH, 'biases of the linear layers'),
     'model.head.skip_last_bn': Setting(True, SWITCH, 'no BatchNorm after the last layer'),
-    'model.head.normalize_feats': Setting(True, SWITCH, 'embeddings of length 1'),
+    'model.head.normalize_feats': Setting(True, SWITCH, 'embeddings of length 1', _SWAV),
     'model.head.activation_name': Setting('relu', TEXT, 'after hidden layers'),
     'model.head.num_clusters': Setting((3000,), Several(whole(2, 1_000_000), 1, MOST_HEADS),
         'prototypes, for each prototype head'),

@@ -302,6 +302,7 @@ def _freeze(run: _Run) -> Iterator[Finding]:
     if (
         loss is not None
         and run.learned
+        and run.shares_equally
         and 0 < lowest_at <= run.frozen
         and lowest < LEARNING
         and loss > lowest + RISE

@@ -73,6 +73,8 @@ def first_centroids(
 ) -> jax.Array:
     """Embeddings (K, D) of K images of the bank, drawn at random; inside `shard_map`.
 
+    An image that is twice in the bank, after batches were skipped, adds its mean.
+
     They are drawn by the images' numbers, so they are the same on any number of devices.
 
     Args:
@@ -87,7 +89,8 @@ def first_centroids(
     place = jnp.full(num_images, num_clusters).at[drawn].set(jnp.arange(num_clusters))
     place = place.at[at].get(mode='fill', fill_value=num_clusters)
     found = jnp.zeros((num_clusters, embeddings.shape[-1]), embeddings.dtype)
-    return lax.psum(found.at[place].add(embeddings, mode='drop'), AXES)
+    found = lax.psum(found.at[place].add(embeddings, mode='drop'), AXES)
+    return found / jnp.maximum(jnp.linalg.norm(found, axis=-1, keepdims=True), 1e-12)
 
 
 def _inside(index: jax.Array, num_images: int) -> jax.Array:
@@ -126,7 +129,7 @@ class DeepClusterV2(Method):
         if max(self._clusters) > images:
             raise UserError(
                 f'config.model.head.num_clusters={self._clusters}: k-means needs at least as many '
-                f'images as clusters, and an epoch has {images:,}'
+                f'images as clusters, use at most the {images:,} of an epoch'
             )
 
     def init(self, params: Any, batch_stats: Any, sizes: Any) -> tuple[Any, DeepClusterState]:
@@ -167,6 +170,7 @@ class DeepClusterV2(Method):
         found = specs._replace(embeddings=None, index=None)
         cluster = jax.shard_map(self._cluster, mesh=mesh, in_specs=(P(), specs), out_specs=found)
         old = state._replace(embeddings=None, index=None)
+        # Of a condition's branches `--plan` counts the one for True, which most steps take.
         new = lax.cond(step % steps > 0, lambda: old, lambda: cluster(key, state))
         return new._replace(embeddings=state.embeddings, index=state.index)
 
@@ -195,21 +199,13 @@ class DeepClusterV2(Method):
     ) -> Learned:
         """Compute the mean cross entropy of the heads, and store the embeddings."""
         targets = jnp.where(batch.weights > 0, state.assignments[:, batch.index], IGNORED)
-        losses = [
-            cross_entropy(
-                self._scores(outputs, c) / self._config.loss.temperature,
-                t,
-                self._config.train.micro_batches,
-            )
-            for c, t in zip(state.centroids, targets, strict=True)
-        ]
         found = lax.stop_gradient(outputs.embeddings[jnp.asarray(self._crops)])
-        codes = [
-            jnp.broadcast_to(
-                jax.nn.one_hot(t, len(c), dtype=found.dtype), (*found.shape[:2], len(c))
-            )
-            for c, t in zip(state.centroids, targets, strict=True)
-        ]
+        losses, codes = [], []
+        for centroids, of_head in zip(state.centroids, targets, strict=True):
+            scores = self._scores(outputs, centroids) / self._config.loss.temperature
+            losses.append(cross_entropy(scores, of_head, self._config.train.micro_batches))
+            code = jax.nn.one_hot(of_head, len(centroids), dtype=found.dtype)
+            codes.append(jnp.broadcast_to(code, (len(found), *code.shape)))
         return Learned(sum(losses) / len(losses), codes, self._store(found, batch, state))
 
     def _scores(self, outputs: Outputs, centroids: jax.Array) -> jax.Array:
@@ -249,24 +245,29 @@ class DeepClusterV2(Method):
         """The bank and k-means."""
         rows, dim = sizes.steps_per_epoch * sizes.batch_size, self._config.model.head.dims[-1]
         held = 4 * len(self._crops) * rows * dim
-        yield 'memory bank', f'{rows:,} images × {len(self._crops)} crops, {held / 2**30:.2f} GB'
+        yield (
+            'memory bank',
+            f'{rows:,} images × {len(self._crops)} crops, {held / 1e9:.3g} GB over all devices',
+        )
         iters, clusters = self._config.loss.kmeans_iters, sum(self._clusters)
-        flops, sent = 2 * (iters + 1) * rows * dim * clusters, 4 * iters * clusters * (dim + 1)
+        flops = 2 * (iters + 1) * rows * dim * clusters
+        sums, starts = iters * clusters * (dim + 1), clusters * dim
+        images = 2 * len(self._clusters) * sizes.num_images  # which are there; their clusters
         yield (
             'k-means',
             f'{flops / 1e12:.3g} TFLOPs an epoch over all devices; each sends '
-            f'{sent / 2**20:.3g} MB',
+            f'{4 * (sums + starts + images) / 1e6:.3g} MB',
         )
 
     def warnings(self, sizes: Any) -> Iterator[str]:
-        """Warn of few images for a cluster."""
-        each = sizes.steps_per_epoch * sizes.batch_size / max(self._clusters)
-        if each < 5:
-            yield (
-                f'{each:.1f} images for each of {max(self._clusters):,} clusters: use fewer '
-                'config.model.head.num_clusters'
-            )
+        """Nothing of its own; few images for a prototype are a warning for every method."""
+        return iter(())
 
     def notes(self, sizes: Any) -> Iterator[str]:
-        """Nothing: every setting is used as it is."""
-        return iter(())
+        """Report a freeze that has no effect."""
+        frozen = self._config.model.temp_frozen_params_iter_map
+        if any('prototypes' in name for name, _ in frozen):
+            yield (
+                'config.model.temp_frozen_params_iter_map is not used for prototypes, which are '
+                'centroids'
+            )

@@ -105,7 +105,7 @@ class Method(abc.ABC):
         """Return a PartitionSpec for each array of the method's state, which may be shapes."""
 
     def fill(self, network: Network, params: Any, batch: Batch, state: Any) -> tuple[Any, Any]:
-        """See a batch before the first step, without gradients, inside `shard_map`.
+        """See a batch before the first step, without gradients, inside `shard_map`; if it `fills`.
 
         Args:
           network: the network's functions.
@@ -116,7 +116,7 @@ class Method(abc.ABC):
         Returns:
           BatchNorm's running statistics and the method's state after this batch.
         """
-        return batch.batch_stats, state
+        raise NotImplementedError
 
     def before_step(self, step: jax.Array, params: Any, state: Any, mesh: Mesh) -> Any:
         """Return the method's state with which a step begins, outside `shard_map`.

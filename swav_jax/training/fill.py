@@ -14,9 +14,9 @@ from swav_jax.training.setup import Setup
 
 
 def fill(setup: Setup, monitor: Monitor, run: Progress) -> None:
-    """Show the method an epoch of images if it wants one: that after the last, which no step sees.
+    """Show the method an epoch of images if it wants one, in an order and with crops of its own.
 
-    A run that is stopped here begins with this again.
+    They are those of the epoch after the last. A run that is stopped here begins with this again.
 
     Raises:
       StoppedError: a signal came.
@@ -33,4 +33,6 @@ def fill(setup: Setup, monitor: Monitor, run: Progress) -> None:
         if request := distributed.largest(run.wanted()):
             run.stop(0, request)
         state = see(state, np.int32(number), batch, batch['weight'], batch['index'])
+        jax.block_until_ready(state.step)  # the host reads faster, and each batch takes memory
+    jax.tree.map(lambda x: x.delete(), run.state)  # `setup` holds it to the end
     run.state = state
